@@ -1,0 +1,361 @@
+"""Everything between files and tensors: the toy world, videos, preference pairs, run folders, arguments, logs.
+
+    python data.py                   writes shapes.png: good and bad videos of Shapes world with their oracle scores
+
+Shapes world is a world small enough for two CPU cores in which the true quality of a video is known exactly: one
+soft-edged shape on a dark ground, 6 colours x 3 shapes x 4 directions, twelve renderers with different flaws in the place of
+twelve text-to-video models, and an oracle that measures VQ, MQ and TA from the pixels alone.
+Pixels are (B, 3, T, H, W) in [-1, 1]; files hold uint8 (T, H, W, 3).
+"""
+import argparse
+import difflib
+import hashlib
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import typing
+import zlib
+from dataclasses import asdict, fields
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent
+
+DIMS = ("VQ", "MQ", "TA")                      # visual quality, motion quality, text alignment: the columns of every r (B, 3)
+
+
+# ---- arguments, run folders, logs: one way for all scripts ----
+
+def fail(message):
+    """Say in one line what is wrong and how to mend it, and leave with exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(cls, doc, argv=None):
+    """An instance of the dataclass cls from the command line. Annotations give the types, trailing comments the help.
+
+    Literal is a choice, bool makes --flag and --no-flag, tuple reads numbers with commas, list takes several words,
+    `X | None` is left to the recipe. A wrong flag or value ends in one line and exit status 2.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message} (--help lists every flag)")
+    hints = typing.get_type_hints(cls)
+    notes = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.M))
+    for f in fields(cls):
+        kind = hints[f.name]
+        if type(None) in typing.get_args(kind):
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        note = notes.get(f.name, "").replace("%", "%%")
+        options = dict(default=f.default, help=note if f.default in (None, ()) else f"{note} [{f.default}]")
+        if typing.get_origin(kind) is typing.Literal:
+            options |= dict(choices=typing.get_args(kind))
+        elif kind is bool:
+            options |= dict(action=argparse.BooleanOptionalAction)
+        elif kind is tuple:
+            options |= dict(type=numbers, metavar="A,B,..")
+        elif kind is list:
+            options |= dict(nargs="+", metavar=f.name.upper())
+        else:
+            options |= dict(type=kind, metavar=kind.__name__.upper())
+        parser.add_argument(f"--{f.name}", **options)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(cls)], 1)
+        fail(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else "") + " (--help lists every flag)")
+    return cls(**vars(args))
+
+
+def numbers(text):
+    """'0.5,0.5,0' as a tuple of floats."""
+    return tuple(float(x) for x in text.split(","))
+
+
+def find(path, *names):
+    """The folder or file at path, as given or beside this file (so `assets/base` works from anywhere); names: files it must hold."""
+    found = Path(path) if Path(path).exists() or Path(path).is_absolute() else HERE / path
+    if not found.exists():
+        fail(f"{path} does not exist")
+    if names and not any((found / name).exists() for name in names):
+        fail(f"{path} holds no {' or '.join(names)}: is it the folder of a finished run?")
+    return found
+
+
+def write_json(path, value):
+    """Write value as JSON, to a temporary name and then renamed."""
+    Path(f"{path}.tmp").write_text(json.dumps(value, indent=1))
+    os.replace(f"{path}.tmp", path)
+
+
+def start_run(args, device="cpu"):
+    """Make the run folder args.out and its config.json; returns the folder. An older run there is renamed, never overwritten."""
+    run = Path(args.out)
+    try:
+        if (run / "config.json").exists():
+            n = next(n for n in range(1, 10**6) if not Path(f"{run}.{n}").exists())
+            run.rename(f"{run}.{n}")
+            print(f"{run} held an earlier run: it is now {run}.{n}")
+        run.mkdir(parents=True, exist_ok=True)
+        git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        write_json(run / "config.json", {
+            "command": command(args), "args": asdict(args), "commit": git.stdout.strip(), "torch": torch.__version__,
+            "python": sys.version.split()[0], "device": str(device), "threads": torch.get_num_threads(), "world": world_hash()})
+    except OSError as e:
+        fail(f"--out {args.out} cannot be written ({e.strerror}): name a folder that can")
+    return run
+
+
+def command(args):
+    """The command line that makes these arguments again."""
+    words = [f"--{k} {shlex.quote(','.join(map(str, v)) if isinstance(v, tuple) else str(v))}" if not isinstance(v, bool) else
+             f"--{k}" if v else f"--no-{k}" for k, v in asdict(args).items() if v not in (None, (), "")]
+    return f"python {Path(inspect.getfile(type(args))).name} {' '.join(words)}"
+
+
+def log(run, **event):
+    """Append one JSON object to the run's log.jsonl."""
+    with open(run / "log.jsonl", "a") as file:
+        file.write(json.dumps({"time": round(time.time(), 1), **event}) + "\n")
+
+
+# ---- randomness ----
+
+def rng(*key):
+    """A torch.Generator that is a function of integers, such as (seed, step, sample index): no hidden state to restore."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
+
+
+def draw_noise(shape, seed, step, samples, logit_normal=False):
+    """t (B,) and eps (B, *shape) for the samples with these indices: t uniform in [0, 1), or logit-normal, eps normal.
+
+    A function of (seed, step, sample) alone, so that resuming, splitting a batch and several ranks agree by construction.
+    """
+    draws = [rng(seed, step, i) for i in samples]
+    t = torch.stack([torch.randn((), generator=g).sigmoid() if logit_normal else torch.rand((), generator=g) for g in draws])
+    return t, torch.stack([torch.randn(shape, generator=g) for g in draws])
+
+
+# ---- Shapes world: prompts and text ----
+
+FRAMES, SIZE, FPS = 8, 24, 8
+GROUND, GREY = 0.06, 0.45                      # the dark ground, and what a washed-out colour fades to, in [0, 1]
+COLOURS = {"red": (1, .1, .1), "yellow": (1, 1, .1), "green": (.1, 1, .1), "cyan": (.1, 1, 1), "blue": (.1, .1, 1), "purple": (1, .1, 1)}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}   # (x, y), y downwards
+PROMPTS = [f"a {c} {s} moving {d}" for c in COLOURS for s in SHAPES for d in DIRECTIONS]
+TEXT_LEN = 8                                   # word slots; the rest is zero, as Wan pads its prompts to 512
+
+
+def attributes(prompts):
+    """(colour, shape, direction) of each prompt as indices (B, 3). ValueError names a prompt outside the world."""
+    rows = []
+    for prompt in prompts:
+        words = prompt.lower().split()
+        row = [[i for i, name in enumerate(names) if name in words] for names in (COLOURS, SHAPES, DIRECTIONS)]
+        if any(len(found) != 1 for found in row):
+            raise ValueError(f"'{prompt}' is not a prompt of Shapes world; write one like '{PROMPTS[0]}'")
+        rows.append([found[0] for found in row])
+    return torch.tensor(rows)
+
+
+def split_of(prompt):
+    """'eval' for 18 of the 72 combinations, 'val' for 9, 'train' for 45: spread evenly over colours, shapes and directions."""
+    c, s, d = attributes([prompt])[0].tolist()
+    return {0: "eval", 4: "eval", 2: "val"}.get((c + 2 * s + 3 * d) % 8, "train")
+
+
+def embed_text(prompts, text_dim=32):
+    """Frozen word embeddings (B, TEXT_LEN, text_dim): each word is a normal vector seeded by its own letters."""
+    out = torch.zeros(len(prompts), TEXT_LEN, text_dim)
+    for b, prompt in enumerate(prompts):
+        for s, word in enumerate(prompt.lower().split()[:TEXT_LEN]):
+            out[b, s] = torch.randn(text_dim, generator=rng(zlib.crc32(word.encode())))
+    return out
+
+
+# ---- Shapes world: the renderers ----
+
+DEFECTS = ("blur", "wash", "jitter", "stutter", "teleport", "colour", "shape", "direction")
+# Strength in [0, 1] of the first five, which spoil VQ (blur, wash) and MQ (jitter, stutter, teleport);
+# probability of the last three, which draw something else than the prompt says and spoil TA.
+RENDERERS = {
+    "sharp":   (.05, .05, .05, .00, .0, .05, .05, .05),
+    "soft":    (.90, .10, .05, .00, .0, .10, .10, .10),
+    "pale":    (.10, .80, .05, .00, .0, .10, .10, .10),
+    "foggy":   (.60, .60, .00, .10, .0, .05, .10, .05),
+    "shaky":   (.30, .20, .80, .00, .0, .10, .10, .10),
+    "jerky":   (.20, .30, .05, .90, .0, .05, .10, .10),
+    "jumpy":   (.20, .20, .05, .10, .9, .10, .05, .10),
+    "gaudy":   (.30, .10, .10, .10, .0, .90, .10, .10),
+    "clumsy":  (.10, .30, .10, .10, .0, .10, .90, .10),
+    "lost":    (.20, .20, .10, .00, .1, .10, .10, .90),
+    "worn":    (.50, .45, .40, .30, .0, .10, .10, .10),
+    "wild":    (.40, .40, .50, .20, .3, .40, .40, .40),
+}
+EDGES = torch.tensor([1.0, 3.0, 5.5, 8.0], dtype=torch.float64)     # px from full to none at a shape's border: 1 is sharp
+RADII = torch.linspace(3.4, 5.4, 6, dtype=torch.float64)            # px, of the circle of the same area
+
+
+def gauges(centres):
+    """How far each pixel is from a centre, as each of the three shapes measures it: (..., 3, SIZE, SIZE) from (..., 2).
+
+    A shape of radius r is the set where its gauge is below r; all three then have the area of a circle of radius r, and
+    `(r - gauge) / edge + 0.5`, clipped to [0, 1], draws it with a soft edge.
+    """
+    grid = torch.arange(SIZE, dtype=centres.dtype, device=centres.device)
+    x = (grid - centres[..., :1])[..., None, :].expand(*centres.shape[:-1], SIZE, SIZE)
+    y = (grid - centres[..., 1:])[..., :, None].expand(*centres.shape[:-1], SIZE, SIZE)
+    circle = (x.square() + y.square()).sqrt()
+    square = torch.maximum(x.abs(), y.abs()) / (np.pi**0.5 / 2)
+    triangle = torch.maximum(y, 3**0.5 / 2 * x.abs() - y / 2) / (np.pi / 27**0.5) ** 0.5   # equilateral, standing
+    return torch.stack([circle, square, triangle], dim=-3)
+
+
+def draw(gauge, radius, edge):
+    """Coverage in [0, 1] of the shape with this gauge, radius and edge width (all broadcast)."""
+    return ((radius - gauge) / edge + 0.5).clamp(0, 1)
+
+
+def render(wanted, defects, g):
+    """Videos (B, 3, FRAMES, SIZE, SIZE) in [-1, 1], float64, of the wanted attributes (B, 3) with defects (B, 8); g: generator."""
+    B = len(wanted)
+    uniform = lambda *shape: torch.rand(B, *shape, generator=g, dtype=torch.float64)
+    blur, wash, jitter, stutter, teleport = (defects[:, i].double() for i in range(5))
+    sizes = torch.tensor([len(COLOURS), len(SHAPES), len(DIRECTIONS)])
+    other = (wanted + 1 + (uniform(3) * (sizes - 1)).long()) % sizes                       # never the wanted one
+    colour, shape, direction = torch.where(uniform(3) < defects[:, 5:], other, wanted).T
+
+    # where: constant velocity through a point near the middle, then the flaws of motion
+    v = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float64)[direction] * (1.0 + 0.5 * uniform(1))    # px / frame
+    middle = (SIZE - 1) / 2 + (uniform(2) - 0.5) * (10 - 7 * v.abs().sign())               # +-1.5 px along, +-5 px across
+    clock = torch.arange(FRAMES, dtype=torch.float64).repeat(B, 1)
+    held = uniform(FRAMES) < 0.6 * stutter[:, None]
+    for f in range(1, FRAMES):                                                             # a held frame repeats the last
+        clock[:, f] = torch.where(held[:, f], clock[:, f - 1], clock[:, f])
+    path = middle[:, None] + v[:, None] * (clock - (FRAMES - 1) / 2)[..., None]            # (B, T, 2)
+    path = path + 1.5 * jitter[:, None, None] * torch.randn(B, FRAMES, 2, generator=g, dtype=torch.float64)
+    angle, when = 2 * np.pi * uniform(1), 2 + (uniform(1) * (FRAMES - 3)).floor()
+    jump = 5 * teleport[:, None] * torch.cat([angle.cos(), angle.sin()], dim=1)
+    path = path + jump[:, None] * (torch.arange(FRAMES) >= when)[..., None]
+    path = path.clamp(4, SIZE - 5)
+
+    # what: colour over ground, faded and softened
+    ink = torch.tensor(list(COLOURS.values()), dtype=torch.float64)[colour]
+    ink = ink + 0.8 * wash[:, None] * (GREY - ink)
+    radius = 3.8 + 1.2 * uniform(1)
+    gauge = gauges(path)[torch.arange(B), :, shape]                                        # (B, T, SIZE, SIZE)
+    mask = draw(gauge, radius[..., None, None], (1 + 7 * blur)[:, None, None, None])
+    pixels = GROUND + mask[:, None] * (ink - GROUND)[:, :, None, None, None]
+    return 2 * pixels - 1
+
+
+def flawed_videos(n, split, g):
+    """n videos of random renderers: (video (n, 3, T, H, W) in [-1, 1], prompts, renderer index (n,)); split None is every prompt."""
+    names = [p for p in PROMPTS if split in (None, split_of(p))]
+    prompts = [names[i] for i in torch.randint(len(names), (n,), generator=g)]
+    who = torch.randint(len(RENDERERS), (n,), generator=g)
+    return render_as(who, prompts, g), prompts, who
+
+
+def render_as(who, prompts, g):
+    """Videos of prompts by the renderers with index who (B,); each strength is drawn anew between half and all of its value."""
+    defects = torch.tensor(list(RENDERERS.values()), dtype=torch.float64)[who]
+    defects[:, :5] *= 0.5 + 0.5 * torch.rand(len(who), 5, generator=g, dtype=torch.float64)
+    return render(attributes(prompts), defects, g)
+
+
+# ---- Shapes world: the oracle ----
+
+ORACLE_STD = (0.166, 0.327, 0.218)    # of VQ, MQ, TA over the flawed mixture: what Overall divides by
+
+
+def oracle(video, prompts, chunk=64):
+    """The true VQ, MQ and TA in [0, 1], (B, 3) fp32, measured from the pixels (B, 3, T, H, W) in [-1, 1] and the prompt alone.
+
+    Each frame is compared with every shape of Shapes world drawn where the frame's light is: 3 shapes, 6 radii, 4 edge widths.
+      presence  share of the frame's energy that the best of them explains (0 for nothing, near 0 for noise)
+      VQ        exp(-4 R), R the energy of what differs from the nearest flawless frame, relative to that frame's own
+      MQ        presence * smooth * moving * steady: distance from the best constant-velocity path, speed, equal frames
+      TA        presence * (colour + shape + direction) / 3, each the degree to which it is the prompted one
+    """
+    return torch.cat([_oracle(video[i:i + chunk], prompts[i:i + chunk]) for i in range(0, len(video), chunk)]).float()
+
+
+def _oracle(video, prompts):
+    light = ((video.clamp(-1, 1).permute(0, 2, 1, 3, 4) + 1) / 2 - GROUND).contiguous()                 # (B, T, 3, H, W), 0 is ground
+    energy = light.square().sum(2)                                                         # (B, T, H, W)
+    total = energy.sum((2, 3)) + 1e-6                                                      # (B, T)
+    grid = torch.arange(SIZE, dtype=video.dtype, device=video.device)
+    weight = energy
+    for _ in range(3):                                                                     # centre of light, then near it
+        mass = weight.sum((2, 3)) + 1e-6
+        centre = torch.stack([(weight.sum(2) * grid).sum(2), (weight.sum(3) * grid).sum(2)], dim=-1) / mass[..., None]
+        far = (grid - centre[..., :1]).square()[..., None, :] + (grid - centre[..., 1:]).square()[..., :, None]
+        weight = energy * torch.exp(-far / 50)
+
+    radii, edges = RADII.to(video), EDGES.to(video)
+    gauge = gauges(centre)[:, :, :, None, None]                                            # (B, T, 3, 1, 1, H, W)
+    masks = draw(gauge, radii[:, None, None, None], edges[:, None, None]).flatten(5)       # (B, T, 3, R, E, HW)
+    power = masks.square().sum(-1)                                                         # (B, T, 3, R, E)
+    match = torch.einsum("btsrep,btcp->btsrec", masks, light.flatten(3))                   # (B, T, 3, R, E, 3)
+    explained = match.square().sum(-1) / power / total[..., None, None, None]
+    presence = explained.flatten(2).amax(2)                                                # (B, T)
+    by_shape = explained.flatten(3).amax(3).mean(1)                                        # (B, 3)
+
+    # colour: of the light under the best mask, its chroma against the six of the palette
+    best = explained.flatten(2).argmax(2)
+    ink = (match / power[..., None]).flatten(2, 4).gather(2, best[..., None, None].expand(-1, -1, 1, 3))[:, :, 0]   # (B, T, 3)
+    palette = torch.tensor(list(COLOURS.values())).to(video)
+    chroma, hues = ink - ink.mean(-1, keepdim=True), palette - palette.mean(-1, keepdim=True)
+    likeness = F.cosine_similarity(chroma[..., None, :], hues, dim=-1, eps=0.05)           # (B, T, 6)
+
+    # VQ: against the same shape drawn sharp, at its best radius, in the nearest colour of the palette
+    sharp = explained[..., 0].flatten(2).argmax(2)                                         # over (shape, radius)
+    mask = masks[..., 0, :].flatten(2, 3).gather(2, sharp[..., None, None].expand(-1, -1, 1, SIZE * SIZE))[:, :, 0]
+    clean = mask[:, :, None] * (palette - GROUND)[likeness.argmax(-1)][..., None]          # (B, T, 3, HW)
+    R = (light.flatten(3) - clean).square().sum((2, 3)) / clean.square().sum((2, 3))
+    vq = torch.exp(-4 * R).mean(1)
+
+    # MQ: the path of the centre against its least-squares line
+    f = torch.arange(FRAMES, dtype=video.dtype, device=video.device) - (FRAMES - 1) / 2
+    velocity = (centre * f[:, None]).sum(1) / f.square().sum()                             # (B, 2), px / frame
+    off = centre - centre.mean(1, keepdim=True) - velocity[:, None] * f[:, None]
+    smooth = torch.exp(-off.square().sum(-1).mean(1) / 0.8**2)
+    speed = velocity.norm(dim=1)
+    moving = ((speed - 0.2) / 0.5).clamp(0, 1)
+    amount = light.sum((3, 4))                                                             # (B, T, 3)
+    change = (amount - amount.mean(1, keepdim=True)).norm(dim=-1).mean(1) / (amount.mean(1).norm(dim=-1) + 1e-6)
+    steady = torch.exp(-(change / 0.3).square())
+    presence = presence.mean(1)
+    mq = presence * smooth * moving * steady
+
+    # TA: is it what the prompt says?
+    c, s, d = attributes(prompts).to(video.device).T
+    rows = torch.arange(len(video), device=video.device)
+    is_colour = (likeness.mean(1) / 0.1).softmax(-1)[rows, c] * likeness.amax(-1).mean(1).clamp(0, 1)
+    is_shape = (by_shape / 0.01).softmax(-1)[rows, s]
+    aim = (velocity * torch.tensor(list(DIRECTIONS.values())).to(video)[d]).sum(1) / (speed + 1e-6)
+    is_direction = torch.sigmoid((aim - 0.7) / 0.05) * moving
+    ta = presence * (is_colour + is_shape + is_direction) / 3
+    return torch.stack([vq, mq, ta], dim=1)
+
+
+@lru_cache
+def world_hash():
+    """Fingerprint of Shapes world: prompts, split, word embeddings, rendered pixels and oracle scores, to three decimals.
+
+    It stands in the metadata of all weights trained on this world: change the world and they must be trained again.
+    """
+    video, prompts, _ = flawed_videos(8, None, rng(0))
+    parts = [PROMPTS, [split_of(p) for p in PROMPTS], ORACLE_STD] + [
+        (1000 * x).round().int().tolist() for x in (embed_text(PROMPTS[:1]), video, _oracle(video, prompts))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]

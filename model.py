@@ -1,0 +1,288 @@
+"""The rectified-flow video DiT (Wan 2.1's text-to-video architecture), its attention, LoRA, loading and saving weights.
+
+    python model.py                  a table of the presets: parameters, width, and the toy's speed here
+
+VideoDiT predicts the velocity v = eps - x0 from xt = (1 - t) x0 + t eps (t = 0 is data, t = 1 is noise; losses.py).
+Modules carry the official Wan names (`blocks.0.self_attn.q`, ...), so official weights load without renaming; the toy is
+a small Config of the same classes. Only torch is needed; safetensors is imported where a file is read or written.
+"""
+import json
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ---- configuration ----
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a VideoDiT, under the names of Wan's own config.json; the defaults are Wan 2.1 T2V 1.3B."""
+    patch_size: tuple = (1, 2, 2)   # latent frames, rows and columns in one token
+    in_dim: int = 16                # latent channels C (out_dim is the same)
+    dim: int = 1536                 # width D
+    ffn_dim: int = 8960             # width of the feed-forward layer
+    freq_dim: int = 256             # width of the time sinusoid
+    text_dim: int = 4096            # width of the prompt embedding (UMT5-XXL)
+    num_heads: int = 12
+    num_layers: int = 30
+    eps: float = 1e-6               # of every norm
+
+
+PRESETS = {
+    "toy": Config(patch_size=(2, 4, 4), in_dim=3, dim=160, ffn_dim=320, freq_dim=128, text_dim=32, num_heads=5, num_layers=6),
+    "wan-1.3b": Config(),
+    "wan-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+}
+
+
+# ---- positions and time ----
+
+def time_sinusoid(t, width):
+    """Sinusoidal features of t in [0, 1], (B, width) fp32: cosines, then sines.
+
+    The only place where t is multiplied by 1000. In fp32 and by exp, as diffusers computes it; official Wan does it in
+    fp64, which moves the model's output by about 2e-5.
+    """
+    half = width // 2
+    freqs = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = (1000.0 * t.float())[:, None] * freqs                               # (B, width / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+@lru_cache(maxsize=8)
+def rotary(grid, head_dim, device):
+    """Cosines and sines of the 3-D rotary angles of a token grid (T, H, W), each (L, head_dim / 2) fp32.
+
+    The head is split between time, rows and columns as in Wan: a third (rounded down to even) each for rows and columns,
+    time takes the rest. Angles are built in fp64 and kept per grid.
+    """
+    space = 2 * (head_dim // 6)
+    angles = []
+    for axis, width in enumerate((head_dim - 2 * space, space, space)):
+        freqs = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        a = torch.arange(grid[axis], dtype=torch.float64)[:, None] * freqs       # (T or H or W, width / 2)
+        angles.append(a.view([-1 if i == axis else 1 for i in range(3)] + [width // 2]).expand(*grid, -1))
+    angles = torch.cat(angles, dim=-1).flatten(0, 2)                             # (L, head_dim / 2)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rotate(x, cos, sin):
+    """x (B, heads, L, head_dim) with each neighbouring pair of channels turned by its angle; dtype of x."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+
+
+# ---- the transformer ----
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normed q and k: over x itself with rotary positions, or over a text context without."""
+
+    def __init__(self, dim, num_heads, eps):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)   # over all heads at once, as Wan
+
+    def forward(self, x, context=None, rope=None):
+        """(B, L, D) from x (B, L, D) and, for cross-attention, context (B, S, D). Wan masks nothing: zero-padded text is seen."""
+        context = x if context is None else context
+        heads = lambda y: y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)   # (B, heads, L, head_dim)
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
+        q, k, v = heads(q.type_as(v)), heads(k.type_as(v)), heads(v)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm computed in fp32 whatever the dtype of x."""
+
+    def forward(self, x):
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text and feed-forward; time enters by a six-way modulation."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm1 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.self_attn = Attention(c.dim, c.num_heads, c.eps)
+        self.norm3 = LayerNorm(c.dim, c.eps)                                     # Wan's numbering: norm3 is before the text
+        self.cross_attn = Attention(c.dim, c.num_heads, c.eps)
+        self.norm2 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
+
+    def forward(self, x, e, text, rope):
+        """(B, L, D) from x (B, L, D), time e (B, 6, D) fp32, text (B, S, D). Norms, modulation and gates are fp32."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).chunk(6, dim=1)   # (B, 1, D) each
+        y = self.self_attn((self.norm1(x) * (1 + scale1) + shift1).type_as(x), rope=rope)
+        x = (x.float() + y * gate1).type_as(x)
+        x = x + self.cross_attn(self.norm3(x).type_as(x), text)
+        y = self.ffn((self.norm2(x) * (1 + scale2) + shift2).type_as(x))
+        return (x.float() + y * gate2).type_as(x)
+
+
+class Head(nn.Module):
+    """Modulated norm and the linear map from a token to its patch of velocities."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = LayerNorm(c.dim, c.eps, elementwise_affine=False)
+        self.head = nn.Linear(c.dim, c.in_dim * math.prod(c.patch_size))
+        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim**0.5)
+
+    def forward(self, x, e):
+        shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)    # (B, 1, D) each
+        return self.head((self.norm(x) * (1 + scale) + shift).type_as(x))
+
+
+class VideoDiT(nn.Module):
+    """Wan 2.1's text-to-video transformer: velocity v of a noisy latent video xt at time t, given a prompt embedding."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, kernel_size=c.patch_size, stride=c.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.head = Head(c)
+        self.init_weights()
+
+    def init_weights(self):
+        """Xavier for linear maps, small normals for the text and time embeddings, a zero head: the first prediction is v = 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for module in (*self.text_embedding, *self.time_embedding):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def forward(self, xt, t, text, depth=None):
+        """Velocity like xt (B, C, T, H, W), from t (B,) in [0, 1] and text (B, S, text_dim).
+
+        With depth=k, the hidden states (B, L, D) after the first k blocks instead. T, H and W must be multiples of the patch.
+        """
+        x = self.patch_embedding(xt)                                             # (B, D, T', H', W')
+        grid = tuple(x.shape[2:])
+        x = x.flatten(2).transpose(1, 2)                                         # (B, L, D)
+        with torch.autocast(xt.device.type, enabled=False):                      # Wan keeps time in fp32
+            e = self.time_embedding(time_sinusoid(t, self.config.freq_dim))      # (B, D)
+            e6 = self.time_projection(e).unflatten(1, (6, -1))                   # (B, 6, D)
+        text = self.text_embedding(text)                                         # (B, S, D)
+        rope = rotary(grid, self.config.dim // self.config.num_heads, xt.device)
+        for block in self.blocks[:depth]:
+            x = block(x, e6, text, rope)
+        if depth is not None:
+            return x
+        x = self.head(x, e)                                                      # (B, L, patch * C)
+        p, (T, H, W) = self.config.patch_size, grid
+        x = x.view(-1, T, H, W, *p, self.config.in_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(-1, self.config.in_dim, T * p[0], H * p[1], W * p[2])
+
+    def compile_blocks(self):
+        """torch.compile, block by block and in place: one compilation serves all blocks and parameter names stay."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+
+# ---- LoRA (Hu et al. 2021, arXiv:2106.09685) ----
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus (alpha / rank) B A; A and B are fp32 and B starts at zero."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=linear.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+        self.scale, self.enabled = alpha / rank, True
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y + self.scale * F.linear(F.linear(x, self.lora_A.type_as(x)), self.lora_B.type_as(x)) if self.enabled else y
+
+
+def add_lora(model, rank, alpha, targets=("q", "k", "v", "o")):
+    """Freeze the model and put adapters on every linear layer of its blocks whose last name is a target; returns the model."""
+    model.requires_grad_(False)
+    for parent in list(model.blocks.modules()):
+        for name, child in list(parent.named_children()):
+            if name in targets and isinstance(child, nn.Linear):
+                setattr(parent, name, LoRALinear(child, rank, alpha))
+    return model
+
+
+@contextmanager
+def lora_disabled(model):
+    """Inside, the adapters are off: the model is bitwise its base, which is the reference policy of Flow-DPO."""
+    adapters = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    for m in adapters:
+        m.enabled = False
+    try:
+        yield model
+    finally:
+        for m in adapters:
+            m.enabled = True
+
+
+def save_lora(model, path, metadata=None):
+    """Write the adapters as `diffusion_model.<official name>.lora_{A,B}.weight`, alpha / rank folded into B.
+
+    Folded, because many loaders drop a separate alpha in silence; the prefix and names are what ComfyUI, diffusers and
+    DiffSynth read. fp32, contiguous; metadata: strings for the file's header.
+    """
+    tensors = {}
+    for name, m in model.named_modules():
+        if isinstance(m, LoRALinear):
+            tensors[f"diffusion_model.{name}.lora_A.weight"] = m.lora_A
+            tensors[f"diffusion_model.{name}.lora_B.weight"] = m.lora_B * m.scale
+    save_tensors(tensors, path, metadata)
+
+
+def load_lora(model, path):
+    """Add the adapters of a file in save_lora's format to the model; returns the model. KeyError names a layer it lacks."""
+    tensors, _ = read_tensors(path)
+    model.requires_grad_(False)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
+        A, B = tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")]
+        name = key.removeprefix("diffusion_model.").removesuffix(".lora_A.weight")
+        if name not in linears or (linears[name].out_features, linears[name].in_features) != (len(B), A.shape[1]):
+            raise KeyError(f"{path}: the model has no linear layer {name} of shape ({len(B)}, {A.shape[1]})")
+        adapter = LoRALinear(linears[name], len(A), len(A))
+        with torch.no_grad():
+            adapter.lora_A.copy_(A)
+            adapter.lora_B.copy_(B)
+        model.set_submodule(name, adapter)
+    return model
+
+
+# ---- weights ----
+
+def save_tensors(tensors, path, metadata=None):
+    """Write a dict of tensors as safetensors, to a temporary name and then renamed, so that no reader meets half a file."""
+    from safetensors.torch import save_file
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, f"{path}.tmp", {"format": "pt", **(metadata or {})})
+    os.replace(f"{path}.tmp", path)
+
+
+def read_tensors(path):
+    """(tensors, metadata) of a safetensors file."""
+    from safetensors import safe_open
+    with safe_open(path, "pt") as file:
+        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
