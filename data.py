@@ -20,7 +20,7 @@ import sys
 import time
 import typing
 import zlib
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -130,7 +130,8 @@ def log(run, **event):
 # ---- randomness ----
 
 def rng(*key):
-    """A torch.Generator that is a function of integers, such as (seed, step, sample index): no hidden state to restore."""
+    """A torch.Generator that is a function of its key, such as ("noise", seed, step, sample): no hidden state to restore."""
+    key = [zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key]
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
 
 
@@ -139,9 +140,16 @@ def draw_noise(shape, seed, step, samples, logit_normal=False):
 
     A function of (seed, step, sample) alone, so that resuming, splitting a batch and several ranks agree by construction.
     """
-    draws = [rng(seed, step, i) for i in samples]
+    draws = [rng("noise", seed, step, i) for i in samples]
     t = torch.stack([torch.randn((), generator=g).sigmoid() if logit_normal else torch.rand((), generator=g) for g in draws])
     return t, torch.stack([torch.randn(shape, generator=g) for g in draws])
+
+
+def step_rows(n, batch, seed, step):
+    """The indices of an optimizer step's batch: each epoch is a fresh permutation of n, a function of (seed, epoch)."""
+    places = torch.arange(step * batch, (step + 1) * batch)
+    orders = {e: torch.randperm(n, generator=rng("order", seed, e)) for e in (places // n).unique().tolist()}
+    return torch.stack([orders[p // n][p % n] for p in places.tolist()])
 
 
 # ---- Shapes world: prompts and text ----
@@ -178,7 +186,7 @@ def embed_text(prompts, text_dim=32):
     out = torch.zeros(len(prompts), TEXT_LEN, text_dim)
     for b, prompt in enumerate(prompts):
         for s, word in enumerate(prompt.lower().split()[:TEXT_LEN]):
-            out[b, s] = torch.randn(text_dim, generator=rng(zlib.crc32(word.encode())))
+            out[b, s] = torch.randn(text_dim, generator=rng(word))
     return out
 
 
@@ -359,3 +367,165 @@ def world_hash():
     parts = [PROMPTS, [split_of(p) for p in PROMPTS], ORACLE_STD] + [
         (1000 * x).round().int().tolist() for x in (embed_text(PROMPTS[:1]), video, _oracle(video, prompts))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def check_world(metadata, path):
+    """Refuse weights that were trained on another Shapes world than this file's."""
+    if metadata.get("world") != world_hash():
+        fail(f"{path} was trained on another Shapes world ({metadata.get('world')}, here {world_hash()}): train it again")
+
+
+# ---- Shapes world: annotators and preference pairs ----
+
+def overall(r, dim_w=(1, 1, 1)):
+    """Weighted mean (B,) of the three dimensions of normalised scores r (B, 3): the scalar reward. Sec. 5.2."""
+    dim_w = torch.tensor(dim_w, dtype=r.dtype, device=r.device)
+    return (r * dim_w).sum(-1) / dim_w.abs().sum()
+
+
+def with_overall(score):
+    """Oracle scores (B, 3) in units of their standard deviation on the flawed mixture, and their mean: (B, 4)."""
+    z = score / torch.tensor(ORACLE_STD)
+    return torch.cat([z, z.mean(1, keepdim=True)], dim=1)
+
+
+SHARPNESS = (1.5, 1.5, 1.5, 2.5)      # of the annotators, in logits per standard deviation: VQ, MQ, TA, Overall
+
+
+def annotate(score_a, score_b, g, tie=5.0):
+    """Human labels (B, 4) for VQ, MQ, TA, Overall: +1 A, 0 same, -1 B, drawn from the oracle's margins by Rao-Kupper.
+
+    score_a, score_b: oracle scores (B, 3); g: generator. With these sharpnesses, 40 to 60 % are ties.
+    """
+    d = (with_overall(score_a) - with_overall(score_b)) * torch.tensor(SHARPNESS)
+    u, log_tie = torch.rand(d.shape, generator=g), np.log(tie)
+    return (u < torch.sigmoid(d - log_tie)).float() - (u > 1 - torch.sigmoid(-d - log_tie)).float()
+
+
+def likert(score, g):
+    """One annotator's 1 to 5 points (B, 3) for videos with these oracle scores: half a point of noise, then whole points."""
+    return (1 + 4 * score + 0.5 * torch.randn(score.shape, generator=g)).round().clamp(1, 5)
+
+
+@dataclass
+class Pairs:
+    """n preference pairs: two videos of each prompt, uint8 (n, 2, 3, T, H, W), A first.
+
+    label (n, 4): VQ, MQ, TA, Overall as +1 A, 0 same, -1 B, nan unlabelled; score and mos (n, 2, 3): the oracle's scores and
+    Likert points of A and B.
+    """
+    prompts: list
+    videos: torch.Tensor
+    label: torch.Tensor
+    score: torch.Tensor
+    mos: torch.Tensor
+
+    def latents(self, rows):
+        """x0 (len(rows), 2, C, T, H, W) of A and B: here the pixels themselves, in [-1, 1]."""
+        return to_float(self.videos[rows])
+
+    def text(self, rows):
+        """Prompt embeddings (len(rows), S, text_dim)."""
+        return embed_text([self.prompts[i] for i in rows])
+
+
+def toy_pairs(n, split, seed):
+    """n Pairs of Shapes world for the prompts of a split, A and B by two different renderers, labelled by the annotators."""
+    g = rng("pairs", split, seed)
+    names = [p for p in PROMPTS if split_of(p) == split]
+    prompts = [names[i] for i in torch.randint(len(names), (n,), generator=g)]
+    a = torch.randint(len(RENDERERS), (n,), generator=g)
+    b = (a + torch.randint(1, len(RENDERERS), (n,), generator=g)) % len(RENDERERS)
+    videos = torch.stack([to_uint8(torch.cat([render_as(who[i:i + 256], prompts[i:i + 256], g) for i in range(0, n, 256)]))
+                          for who in (a, b)], dim=1)
+    score = torch.stack([oracle(to_float(videos[:, k]), prompts) for k in (0, 1)], dim=1)
+    return Pairs(prompts, videos, annotate(score[:, 0], score[:, 1], g), score, likert(score, g))
+
+
+# ---- videos and pictures ----
+
+def to_uint8(video):
+    """[-1, 1] to 0..255."""
+    return ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_float(video):
+    """0..255 to [-1, 1], fp32."""
+    return video.float() / 127.5 - 1
+
+
+def read_video(path, indices=None):
+    """(frames, fps): uint8 (T, H, W, 3) and the frame rate; indices: the frames wanted, ascending (all of them if None).
+
+    Decoding stops after the last one wanted. ValueError names a file that cannot be read or is too short.
+    """
+    import av
+    wanted, frames = None if indices is None else set(int(i) for i in indices), {}
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} has no video in it")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            for i, frame in enumerate(container.decode(stream)):
+                if wanted is None or i in wanted:
+                    frames[i] = frame.to_ndarray(format="rgb24")
+                if wanted is not None and len(frames) == len(wanted):
+                    break
+            fps = float(stream.average_rate or stream.guessed_rate or 0)
+    except (av.FFmpegError, OSError) as e:
+        raise ValueError(f"{path} cannot be read as a video: {e}") from None
+    missing = sorted((wanted or set()) - set(frames))
+    if missing or not frames:
+        raise ValueError(f"{path} has no frame {missing[0] if missing else 0}")
+    return np.stack([frames[i] for i in (sorted(frames) if indices is None else map(int, indices))]), fps
+
+
+def write_video(path, video, fps):
+    """Write an mp4 (H.264) from a float video (3, T, H, W) in [-1, 1] or uint8 frames (T, H, W, 3); even height and width."""
+    import av
+    frames = np.asarray(video) if np.asarray(video).dtype == np.uint8 else to_uint8(video).permute(1, 2, 3, 0).cpu().numpy()
+    T, H, W, _ = frames.shape
+    assert H % 2 == 0 and W % 2 == 0, f"H.264 needs even sides, not {H} x {W}"
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=int(round(fps)), options={"crf": "12"})
+        stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def contact_sheet(path, rows, height=48, max_frames=8):
+    """Write a PNG: rows of cells, each a (caption, video (3, T, H, W) in [-1, 1]) shown as a strip of its frames over the caption."""
+    from PIL import Image, ImageDraw
+    strips = []
+    for row in rows:
+        for caption, video in row:
+            frames = to_uint8(video).permute(1, 2, 3, 0)                                   # (T, H, W, 3)
+            frames = frames[np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round()].cpu().numpy()
+            strips.append((caption, Image.fromarray(np.concatenate(frames, axis=1))))
+    scale = height / strips[0][1].height
+    width = max(int(max(strip.width for _, strip in strips) * scale), 200) + 12
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * width, len(rows) * (height + 20)), "white")
+    pen, place = ImageDraw.Draw(sheet), [(c, r) for r, row in enumerate(rows) for c in range(len(row))]
+    for (caption, strip), (c, r) in zip(strips, place):
+        strip = strip.resize((int(strip.width * scale), height), Image.NEAREST if scale >= 1 else Image.LANCZOS)
+        sheet.paste(strip, (c * width + 4, r * (height + 20) + 2))
+        pen.text((c * width + 4, r * (height + 20) + height + 3), caption, fill="black")
+    sheet.save(path, optimize=True)
+
+
+def caption_of(score):
+    """'VQ 0.98  MQ 0.91  TA 0.66' from oracle scores (3,)."""
+    return "  ".join(f"{dim} {x:.2f}" for dim, x in zip(DIMS, score.tolist()))
+
+
+if __name__ == "__main__":
+    prompts = PROMPTS[::6]                                                                 # 12 of them, one for each renderer
+    bad = render_as(torch.arange(len(RENDERERS)), prompts, rng(0)).float()
+    good = render(attributes(prompts), torch.zeros(len(prompts), len(DEFECTS)), rng(0)).float()
+    contact_sheet("shapes.png", [
+        [(f"{name}: {prompt}  {caption_of(b)}", x), (f"flawless  {caption_of(g)}", y)]
+        for name, prompt, b, x, g, y in zip(RENDERERS, prompts, oracle(bad, prompts), bad, oracle(good, prompts), good)])
+    print("wrote shapes.png: the twelve renderers and the same prompts without flaws, with their oracle scores")

@@ -33,6 +33,12 @@ class Config:
     num_layers: int = 30
     eps: float = 1e-6               # of every norm
 
+    @classmethod
+    def from_json(cls, text):
+        """The Config that json.dumps(asdict(config)) wrote."""
+        values = json.loads(text)
+        return cls(**{**values, "patch_size": tuple(values["patch_size"])})
+
 
 PRESETS = {
     "toy": Config(patch_size=(2, 4, 4), in_dim=3, dim=160, ffn_dim=320, freq_dim=128, text_dim=32, num_heads=5, num_layers=6),
@@ -192,6 +198,10 @@ class VideoDiT(nn.Module):
         p, (T, H, W) = self.config.patch_size, grid
         x = x.view(-1, T, H, W, *p, self.config.in_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.reshape(-1, self.config.in_dim, T * p[0], H * p[1], W * p[2])
+
+    def save(self, path, metadata, dtype=torch.float32):
+        """Write the weights as one safetensors file; its metadata holds the config beside the strings given."""
+        save_tensors({k: v.to(dtype) for k, v in self.state_dict().items()}, path, {"config": json.dumps(asdict(self.config)), **metadata})
 
     def compile_blocks(self):
         """torch.compile, block by block and in place: one compilation serves all blocks and parameter names stay."""
