@@ -90,6 +90,13 @@ def find(path, *names):
     return found
 
 
+def check_out(out):
+    """Refuse an --out that cannot become a folder, before any work is done."""
+    parent = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        fail(f"--out {out} cannot be written ({parent} is {'read-only' if parent.is_dir() else 'a file'}): name another folder")
+
+
 def write_json(path, value):
     """Write value as JSON, to a temporary name and then renamed."""
     Path(f"{path}.tmp").write_text(json.dumps(value, indent=1))

@@ -10,8 +10,9 @@ import json
 import math
 import os
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -34,10 +35,28 @@ class Config:
     eps: float = 1e-6               # of every norm
 
     @classmethod
-    def from_json(cls, text):
-        """The Config that json.dumps(asdict(config)) wrote."""
-        values = json.loads(text)
-        return cls(**{**values, "patch_size": tuple(values["patch_size"])})
+    def from_dict(cls, raw):
+        """The Config in a config.json, by diffusers' keys or by official Wan's. ValueError for another architecture."""
+        kind = raw.get("_class_name", ""), raw.get("model_type", "t2v")
+        if kind[0] not in ("", "WanModel", "WanTransformer3DModel") or kind[1] != "t2v" or raw.get("image_dim") or raw.get("added_kv_proj_dim"):
+            raise ValueError(f"only Wan 2.1 text-to-video models are supported, not {kind[0]} {kind[1]}{' with image input' * bool(raw.get('image_dim'))}")
+        if "attention_head_dim" in raw:
+            raw = {**raw, **{ours: raw[theirs] for ours, theirs in DIFFUSERS_CONFIG.items()}, "dim": raw["num_attention_heads"] * raw["attention_head_dim"]}
+        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
+        config = cls(**{**known, "patch_size": tuple(raw.get("patch_size", cls.patch_size))})
+        if (out := raw.get("out_channels", raw.get("out_dim")) or config.in_dim) != config.in_dim:
+            raise ValueError(f"only Wan 2.1 text-to-video models are supported, not one with {config.in_dim} channels in and {out} out")
+        return config
+
+    def to_diffusers(self):
+        """The config.json of diffusers' WanTransformer3DModel."""
+        own = {theirs: getattr(self, ours) for ours, theirs in DIFFUSERS_CONFIG.items()}
+        return {"_class_name": "WanTransformer3DModel", **own, "attention_head_dim": self.dim // self.num_heads, "out_channels": self.in_dim,
+                "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024}
+
+
+DIFFUSERS_CONFIG = {"patch_size": "patch_size", "in_dim": "in_channels", "ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "text_dim": "text_dim",
+                    "num_heads": "num_attention_heads", "num_layers": "num_layers", "eps": "eps"}
 
 
 PRESETS = {
@@ -199,9 +218,33 @@ class VideoDiT(nn.Module):
         x = x.view(-1, T, H, W, *p, self.config.in_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.reshape(-1, self.config.in_dim, T * p[0], H * p[1], W * p[2])
 
-    def save(self, path, metadata, dtype=torch.float32):
-        """Write the weights as one safetensors file; its metadata holds the config beside the strings given."""
-        save_tensors({k: v.to(dtype) for k, v in self.state_dict().items()}, path, {"config": json.dumps(asdict(self.config)), **metadata})
+    @classmethod
+    def from_pretrained(cls, path, dtype=None):
+        """The model in a folder or hub repository: diffusers' Wan 2.1 (or its transformer/) or the official layout.
+
+        dtype None keeps the file's own. Tensors are mapped from the file and assigned, so there is never a second copy. ValueError
+        names missing, unexpected and misshapen weights, and an architecture other than text-to-video.
+        """
+        folder = Path(path)
+        if not folder.exists():
+            from huggingface_hub import snapshot_download
+            folder = Path(snapshot_download(str(path), allow_patterns=["model_index.json", "*config.json", "*diffusion_pytorch_model*"]))
+        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+        files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+        if not files or not (folder / "config.json").exists():
+            raise ValueError(f"{path} holds no config.json with diffusion_pytorch_model*.safetensors")
+        with torch.device("meta"):
+            model = cls(Config.from_dict(json.loads((folder / "config.json").read_text())))
+        tensors = {to_official(k): v if dtype is None else v.to(dtype) for file in files for k, v in read_tensors(file)[0].items()}
+        load_strict(model, tensors, folder)
+        return model
+
+    def save_pretrained(self, folder, metadata=None, dtype=None):
+        """Write config.json and diffusion_pytorch_model.safetensors as diffusers' WanTransformer3DModel reads them; dtype None keeps it."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "config.json").write_text(json.dumps(self.config.to_diffusers(), indent=1))
+        tensors = {to_diffusers(k): v if dtype is None else v.to(dtype) for k, v in self.state_dict().items()}
+        save_tensors(tensors, Path(folder) / "diffusion_pytorch_model.safetensors", metadata)
 
     def compile_blocks(self):
         """torch.compile, block by block and in place: one compilation serves all blocks and parameter names stay."""
@@ -265,7 +308,7 @@ def save_lora(model, path, metadata=None):
 
 
 def load_lora(model, path):
-    """Add the adapters of a file in save_lora's format to the model; returns the model. KeyError names a layer it lacks."""
+    """Add the adapters of a file in save_lora's format to the model; returns the model. ValueError names a layer it lacks."""
     tensors, _ = read_tensors(path)
     model.requires_grad_(False)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -273,7 +316,7 @@ def load_lora(model, path):
         A, B = tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")]
         name = key.removeprefix("diffusion_model.").removesuffix(".lora_A.weight")
         if name not in linears or (linears[name].out_features, linears[name].in_features) != (len(B), A.shape[1]):
-            raise KeyError(f"{path}: the model has no linear layer {name} of shape ({len(B)}, {A.shape[1]})")
+            raise ValueError(f"{path}: the model has no linear layer {name} of shape ({len(B)}, {A.shape[1]})")
         adapter = LoRALinear(linears[name], len(A), len(A))
         with torch.no_grad():
             adapter.lora_A.copy_(A)
@@ -284,6 +327,35 @@ def load_lora(model, path):
 
 # ---- weights ----
 
+# Official Wan names and diffusers' names, inside a block and outside; used both ways. Note norm3, which is diffusers' norm2.
+BLOCK_NAMES = {f"{wan}.{a}": f"{diffusers}.{b}" for wan, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+               for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k"))}
+BLOCK_NAMES |= {"norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "modulation": "scale_shift_table"}
+OUTER_NAMES = {"text_embedding.0": "condition_embedder.text_embedder.linear_1", "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+               "time_embedding.0": "condition_embedder.time_embedder.linear_1", "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+               "time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out", "head.modulation": "scale_shift_table"}
+
+
+def rename(key, outer, block):
+    """The parameter name key with its module, a key of the dict outer (or of block, inside a block), replaced by the value."""
+    head, names = (".".join(key.split(".")[:2]) + ".", block) if key.startswith("blocks.") else ("", outer)
+    rest = key[len(head):]
+    for old, new in names.items():
+        if rest == old or rest.startswith(old + "."):
+            return head + new + rest[len(old):]
+    return key
+
+
+def to_diffusers(key):
+    """diffusers' name of an official Wan parameter."""
+    return rename(key, OUTER_NAMES, BLOCK_NAMES)
+
+
+def to_official(key):
+    """The official Wan name of diffusers' parameter; an official name stays as it is."""
+    return rename(key, {v: k for k, v in OUTER_NAMES.items()}, {v: k for k, v in BLOCK_NAMES.items()})
+
+
 def save_tensors(tensors, path, metadata=None):
     """Write a dict of tensors as safetensors, to a temporary name and then renamed, so that no reader meets half a file."""
     from safetensors.torch import save_file
@@ -292,7 +364,33 @@ def save_tensors(tensors, path, metadata=None):
 
 
 def read_tensors(path):
-    """(tensors, metadata) of a safetensors file."""
-    from safetensors import safe_open
-    with safe_open(path, "pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+    """(tensors, metadata) of a safetensors file. ValueError names a file that is none or is cut short."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} cannot be read as safetensors: {e}") from None
+
+
+def load_strict(module, tensors, path):
+    """Give the module these tensors as its own. ValueError names what is missing, unexpected or of another shape."""
+    own = module.state_dict()
+    odd = [f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in own] + [
+        f"{k} is {tuple(tensors[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in tensors and tensors[k].shape != own[k].shape]
+    if odd:
+        raise ValueError(f"{path} does not fit the model: {'; '.join(odd[:3])}{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}")
+    module.load_state_dict(tensors, assign=True)
+
+
+if __name__ == "__main__":
+    import time
+    print("| preset | parameters | width | layers | heads |\n|---|---|---|---|---|")
+    for name, c in PRESETS.items():
+        with torch.device("meta"):
+            size = sum(p.numel() for p in VideoDiT(c).parameters())
+        print(f"| {name} | {size:,} | {c.dim} | {c.num_layers} | {c.num_heads} |")
+    toy, tic = VideoDiT(PRESETS["toy"]), time.time()
+    for _ in range(3):
+        toy(torch.randn(24, 3, 8, 24, 24), torch.rand(24), torch.randn(24, 8, 32)).square().mean().backward()
+    print(f"toy: {(time.time() - tic) / 3:.2f} s for a forward and backward of 24 videos, {torch.get_num_threads()} threads")

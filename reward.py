@@ -8,7 +8,7 @@ three outputs, told the time t. Trained at t = 0 it is the labeller of the toy w
 Scores are z-normalised on a validation set: 0 is an average video, negative is below average, not wrong.
 """
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import DIMS, FRAMES, PROMPTS, SIZE, caption_of, check_world, embed_text, fail, find, flawed_videos, oracle, parse_args, read_video, rng, to_float
-from model import Config, LayerNorm, VideoDiT, read_tensors, save_tensors
+from model import Config, LayerNorm, VideoDiT, load_strict, read_tensors, save_tensors
 
 
 # ---- the latent reward ----
@@ -58,16 +58,19 @@ class LatentReward(nn.Module):
     def save(self, path, metadata, dtype=torch.float16):
         """Write the weights, 16 bit by default, with what is needed to build the model again in the file's metadata."""
         save_tensors({k: v.to(dtype) for k, v in self.state_dict().items()}, path,
-                     {"config": json.dumps(asdict(self.config)), "depth": str(self.depth), **metadata})
+                     {"config": json.dumps(self.config.to_diffusers()), "depth": str(self.depth), **metadata})
 
     @classmethod
     def from_pretrained(cls, path):
         """The reward of a run folder of train_reward.py, fp32 and in eval mode."""
         file = find(path, "reward.safetensors") / "reward.safetensors"
-        tensors, metadata = read_tensors(file)
-        check_world(metadata, file)
-        reward = cls(Config.from_json(metadata["config"]), int(metadata["depth"]))
-        reward.load_state_dict({k: v.float() for k, v in tensors.items()})
+        try:
+            tensors, metadata = read_tensors(file)
+            check_world(metadata, file)
+            reward = cls(Config.from_dict(json.loads(metadata["config"])), int(metadata["depth"]))
+            load_strict(reward, {k: v.float() for k, v in tensors.items()}, file)
+        except ValueError as e:
+            fail(e)
         return reward.eval().requires_grad_(False)
 
 

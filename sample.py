@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (DIMS, FPS, FRAMES, PROMPTS, SIZE, attributes, caption_of, check_world, contact_sheet, embed_text, fail, find,
+from data import (DIMS, FPS, FRAMES, PROMPTS, SIZE, attributes, caption_of, check_out, check_world, contact_sheet, embed_text, fail, find,
                   oracle, overall, parse_args, rng, split_of, start_run, to_float, to_uint8, with_overall, write_json, write_video)
-from model import Config, VideoDiT, load_lora, read_tensors, save_tensors
+from model import VideoDiT, load_lora, read_tensors, save_tensors
 from reward import LatentReward, score_clean
 
 
@@ -81,15 +81,16 @@ def nrg(velocity, reward, rg_scale, dim_w=(1.0, 1.0, 1.0), max_ratio=float("inf"
 
 def load_model(path):
     """The VideoDiT of a run folder, fp32, eval mode, its adapters on where it was trained with LoRA."""
-    folder = find(path, "model.safetensors", "lora.safetensors")
-    if (folder / "lora.safetensors").exists():
-        start = json.loads((folder / "config.json").read_text())["args"]["model"]
-        return load_lora(load_model(start), folder / "lora.safetensors").eval().requires_grad_(False)
-    tensors, metadata = read_tensors(folder / "model.safetensors")
-    check_world(metadata, folder / "model.safetensors")
-    model = VideoDiT(Config.from_json(metadata["config"]))
-    model.load_state_dict({k: v.float() for k, v in tensors.items()})
-    return model.eval().requires_grad_(False)
+    folder = find(path, "transformer", "lora.safetensors")
+    try:
+        if (folder / "lora.safetensors").exists():
+            start = json.loads((folder / "config.json").read_text())["args"]["model"]
+            return load_lora(load_model(start), folder / "lora.safetensors").eval().requires_grad_(False)
+        file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        check_world(read_tensors(file)[1], file)
+        return VideoDiT.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    except ValueError as e:
+        fail(e)
 
 
 @torch.no_grad()
@@ -213,6 +214,7 @@ def main(args):
         attributes(args.prompt)
     except ValueError as e:
         fail(e)
+    check_out(args.out)
     model = load_model(args.ckpt)
     reward = LatentReward.from_pretrained(args.nrg) if args.nrg else None
     start = load_model(args.against) if args.against else model

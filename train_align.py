@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
-from data import (DIMS, ORACLE_STD, RENDERERS, command, draw_noise, embed_text, fail, find, flawed_videos, log, overall, parse_args,
+from data import (DIMS, ORACLE_STD, RENDERERS, check_out, command, draw_noise, embed_text, fail, find, flawed_videos, log, overall, parse_args,
                   render_as, rng, start_run, step_rows, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora
@@ -71,22 +71,35 @@ def errors(model, x0, text, t, eps):
 
 
 def label_pairs(args, pairs, reward):
-    """(rows, winner, r): the usable pairs, which of the two wins (n,), and their scalar rewards (n, 2) or None.
+    """(usable rows, order (n, 2), r (n, 2) or None): A and B as indices, the winner first, and their scalar rewards in that order.
 
     By the reward or the oracle the higher weighted mean of normalised scores wins; by humans the sign of the weighted sum of
     their labels decides, and ties are dropped.
     """
-    n = len(pairs.prompts)
+    rows, r = torch.arange(len(pairs.prompts)), None
     if args.labels == "human":
-        vote = overall(pairs.label[:, :3], args.dim_w)
-        return vote.nonzero()[:, 0], (vote < 0).long(), None
-    if args.labels == "oracle":
-        r = overall(pairs.score / torch.tensor(ORACLE_STD), args.dim_w)
+        margin = overall(pairs.label[:, :3], args.dim_w)
+        rows = rows[margin != 0]
     else:
-        rows = torch.arange(n)
-        r = torch.cat([overall(score_clean(reward, pairs.latents(part).flatten(0, 1), pairs.text(part).repeat_interleave(2, 0)),
-                               args.dim_w).view(-1, 2) for part in rows.split(256)])
-    return torch.arange(n), (r[:, 1] > r[:, 0]).long(), r
+        if args.labels == "oracle":
+            r = overall(pairs.score / torch.tensor(ORACLE_STD), args.dim_w)
+        else:
+            r = torch.cat([overall(score_clean(reward, pairs.latents(part).flatten(0, 1), pairs.text(part).repeat_interleave(2, 0)),
+                                   args.dim_w).view(-1, 2) for part in rows.split(256)])
+        margin = r[:, 0] - r[:, 1]
+    b_wins = (margin < 0).long()
+    order = torch.stack([b_wins, 1 - b_wins], dim=1)
+    print(f"{len(rows)} of {len(margin)} pairs labelled by {args.labels}; A wins {(margin > 0).float().mean():.0%}, B {b_wins.float().mean():.0%}")
+    return rows, order, None if r is None else r.gather(1, order)
+
+
+def mixture_batch(n, seed, step):
+    """A pretraining batch: flawed videos x0 (n, 1, C, T, H, W) and their captions (n, S, D), one in ten left empty (for CFG)."""
+    g = rng("mixture", seed, step)
+    video, prompts, _ = flawed_videos(n, None, g)
+    text = embed_text(prompts)
+    text[torch.rand(n, generator=g) < 0.1] = 0
+    return video.float()[:, None], text
 
 
 def make_optimizers(args, model):
@@ -98,100 +111,91 @@ def make_optimizers(args, model):
     return [torch.optim.Muon(matrices, lr=10 * args.lr), torch.optim.AdamW(rest, lr=args.lr, weight_decay=0)]
 
 
-def mixture(args, step):
-    """A pretraining batch (x0 (2 B, 1, C, T, H, W), text): flawed videos with their captions, every tenth caption empty (for CFG)."""
-    g = rng("mixture", args.seed, step)
-    video, prompts, _ = flawed_videos(2 * args.batch, None, g)
-    text = embed_text(prompts)
-    text[torch.rand(len(text), generator=g) < 0.1] = 0
-    return video.float()[:, None], text
+def learning_rate_scale(args, step):
+    """Linear warm-up, then constant; pretraining also falls linearly to 0 over its last 40 %."""
+    fall = (args.steps - step) / (0.4 * args.steps) if args.loss == "pretrain" else 1
+    return min(1, (step + 1) / args.warmup) * min(1, fall)
 
 
-def main(args):
-    """Train, then evaluate on held-out prompts against the start model; returns what eval.json holds."""
+def check(args):
+    """Fill unset flags from the recipe and refuse what cannot work, before anything is loaded."""
     for name, value in RECIPES[args.loss].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or f"runs/{args.loss}"
-    pretrain = args.loss == "pretrain"
+    args.lora_alpha = args.lora_alpha or 2.0 * args.lora_rank
     if args.loss == "rwr" and args.labels == "human":
         fail("--loss rwr weighs videos by their scores and human labels have none: use --labels reward or oracle")
     if len(args.dim_w) != len(DIMS) or not any(args.dim_w):
         fail(f"--dim_w takes {len(DIMS)} numbers, not all zero, for {', '.join(DIMS)}; e.g. --dim_w 0,0,1")
-    per_step = 2 * args.batch if args.loss in ("sft", "pretrain") else args.batch
-    if per_step % args.accumulate:
-        fail(f"--accumulate {args.accumulate} does not divide the {per_step} rows of a step")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not pretrain:
-        find(args.model, "model.safetensors", "lora.safetensors")
-    reward = None if pretrain or (args.labels != "reward" and not find(args.reward)) else LatentReward.from_pretrained(args.reward).to(device)
+    if args.loss != "pretrain":
+        find(args.model, "transformer", "lora.safetensors")
+        if args.labels == "reward":
+            find(args.reward, "reward.safetensors")
+    check_out(args.out)
 
+
+def main(args):
+    """Train, then evaluate on held-out prompts against the start model; returns what eval.json holds."""
+    check(args)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pretrain, reward = args.loss == "pretrain", None
     torch.manual_seed(args.seed)
     if pretrain:
         start, model = None, VideoDiT(PRESETS["toy"]).to(device)
     else:
         start = load_model(args.model).to(device)
         model = copy.deepcopy(start).requires_grad_(True)
+        if args.labels == "reward":
+            reward = LatentReward.from_pretrained(args.reward).to(device)
     run = start_run(args, device)
+
     if args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha or 2 * args.lora_rank)
-        reference, as_reference = model, lora_disabled                          # the model with its adapters off
+        add_lora(model, args.lora_rank, args.lora_alpha)
+        reference, as_reference = model, lora_disabled                          # the model itself, its adapters off
     else:
         reference, as_reference = start, nullcontext                            # a frozen copy
     if args.compile:
         model.compile_blocks()
     average = copy.deepcopy(model) if args.ema else None
     optimizers = make_optimizers(args, model)
-
+    peak = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     if not pretrain:
         pairs = toy_pairs(args.n_pairs, "train", args.seed)
-        usable, winner, r = label_pairs(args, pairs, reward)
-        print(f"{len(usable)} of {args.n_pairs} pairs labelled by {args.labels}; B wins {winner[usable].float().mean():.0%}")
+        usable, order, r = label_pairs(args, pairs, reward)
+    per_step = args.batch if args.loss in ("dpo", "rwr") else 2 * args.batch    # all see 2 x batch videos a step
 
-    window, tic = [], time.time()
+    stats, tic = [], time.time()
     for step in (bar := trange(args.steps, desc=args.loss)):
-        scale = min(1, (step + 1) / args.warmup)
-        if pretrain:
-            scale *= min(1, (args.steps - step) / (0.4 * args.steps))           # linearly to 0 over the last 40 %
-        for optimizer in optimizers:
-            optimizer.param_groups[0].setdefault("initial_lr", optimizer.param_groups[0]["lr"])
-            optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"] * scale
-
-        # the batch of this optimizer step: rows, and the weights of flow_rwr over all of it
-        if pretrain:
-            rows, (x0_all, text_all) = torch.arange(per_step), mixture(args, step)
-        else:
-            rows = usable[step_rows(len(usable), per_step, args.seed, step)]
-        if args.loss == "rwr":
-            weight = flow_rwr(torch.ones(2 * len(rows)), r[rows].flatten(), args.tau).view(-1, 2)
+        for optimizer, lr in zip(optimizers, peak):
+            optimizer.param_groups[0]["lr"] = lr * learning_rate_scale(args, step)
+        rows = torch.arange(per_step) if pretrain else usable[step_rows(len(usable), per_step, args.seed, step)]
+        if args.loss == "rwr":                                                  # weights over the whole optimizer batch
+            weight = flow_rwr(torch.ones(2 * len(rows)), r[rows].flatten(), args.tau).view(-1, 2).to(device)
 
         for part in torch.arange(len(rows)).chunk(args.accumulate):
             ids = rows[part]
             if pretrain:
-                x0, text = x0_all[part], text_all[part]                         # (B, 1, C, T, H, W)
+                x0, text = (y[part] for y in mixture_batch(per_step, args.seed, step))
             else:
-                x0, text = pairs.latents(ids), pairs.text(ids)                  # (B, 2, C, T, H, W), A first
-                order = torch.stack([winner[ids], 1 - winner[ids]], dim=1)
-                x0 = x0[torch.arange(len(ids))[:, None], order]                 # winner first
+                x0, text = pairs.latents(ids), pairs.text(ids)                  # (B, 2, C, T, H, W), (B, S, D)
+                x0 = x0[torch.arange(len(ids))[:, None], order[ids]]            # the winner first
             t, eps = draw_noise(x0.shape[2:], args.seed, step, ids.tolist(), logit_normal=pretrain)
             x0, text, t, eps = (y.to(device) for y in (x0, text, t, eps))
 
             if args.loss == "dpo":
-                err_w, err_l = errors(model, x0, text, t, eps).unbind(1)        # both halves share t and eps
+                err_w, err_l = errors(model, x0, text, t, eps).unbind(1)        # both share t and eps
                 with torch.no_grad(), as_reference(reference):
                     err_ref_w, err_ref_l = errors(reference, x0, text, t, eps).unbind(1)
                 losses = flow_dpo(err_w, err_l, err_ref_w, err_ref_l, beta_schedule(args.beta, t, args.beta_schedule))
-                gap_w, gap_l = err_w - err_ref_w, err_l - err_ref_l             # gap_w < 0: better than the reference
-                stats = torch.stack([t, losses, gap_w, gap_l], dim=1)
-            elif args.loss == "rwr":
-                by_rank = weight[part].gather(1, order).to(device)
-                losses = (by_rank * errors(model, x0, text, t, eps)).mean(1)
-                stats = torch.stack([t, losses], dim=1)
-            else:                                                               # sft, pretrain: the first video of each row
-                losses = flow_sft(errors(model, x0[:, :1], text, t, eps)[:, 0])
-                stats = torch.stack([t, losses], dim=1)
+                stats.append(torch.stack([t, losses, err_w - err_ref_w, err_l - err_ref_l], dim=1).detach())
+            else:
+                if args.loss == "rwr":
+                    losses = (weight[part] * errors(model, x0, text, t, eps)).mean(1)
+                else:                                                           # sft and pretrain: the first video of a row
+                    losses = flow_sft(errors(model, x0[:, :1], text, t, eps)).mean(1)
+                stats.append(torch.stack([t, losses], dim=1).detach())
             (losses.sum() / len(rows)).backward()
-            window.append(stats.detach())
 
         grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
         for optimizer in optimizers:
@@ -203,10 +207,10 @@ def main(args):
                 for a, p in zip(average.parameters(), model.parameters()):
                     a.lerp_(p, 1 - decay)
         if (step + 1) % 10 == 0 or step + 1 == args.steps:
-            event = summary(torch.cat(window).cpu())
+            event = summary(torch.cat(stats).cpu())
             bar.set_postfix({k: f"{event[k]:.4f}" for k in ("loss", "implicit_acc", "gap_w", "gap_l") if k in event})
-            log(run, step=step + 1, lr=args.lr * scale, grad_norm=grad_norm.item(), seconds=round(time.time() - tic, 1), **event)
-            window = []
+            log(run, step=step + 1, grad_norm=grad_norm.item(), seconds=round(time.time() - tic, 1), **event)
+            stats = []
 
     return finish(args, run, average or model, start, reward)
 
@@ -230,7 +234,7 @@ def finish(args, run, model, start, reward):
     if args.lora_rank:
         save_lora(model, run / "lora.safetensors", metadata)
     else:
-        model.save(run / "model.safetensors", metadata, torch.float16 if args.loss == "pretrain" else torch.float32)
+        model.save_pretrained(run / "transformer", metadata, torch.float16 if args.loss == "pretrain" else None)
     prompts = eval_prompts(args.eval_n, args.split)
     videos = generate(model, prompts, args.seed, args.eval_steps)
     if args.loss == "pretrain":

@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
-from data import DIMS, command, draw_noise, fail, log, overall, parse_args, start_run, step_rows, toy_pairs, with_overall, world_hash, write_json
+from data import DIMS, check_out, command, draw_noise, fail, log, overall, parse_args, start_run, step_rows, toy_pairs, with_overall, world_hash, write_json
 from losses import bt, btt, masked_mean, mix, regression
 from reward import LatentReward, accuracies
 from sample import load_model
@@ -70,6 +70,7 @@ def main(args):
     args.out = args.out or ("runs/noisy" if args.noisy else "runs/reward")
     if args.tie <= 1:
         fail(f"--tie {args.tie} leaves no room for ties: it must be above 1 (the paper takes 5)")
+    check_out(args.out)
     model = load_model(args.model)
     if not 0 < args.depth <= model.config.num_layers:
         fail(f"--depth {args.depth}: {args.model} has {model.config.num_layers} blocks")

@@ -1,0 +1,585 @@
+"""Executable specification: what the method, the model and the toy world are, stated as facts. CPU, no network.
+
+    pytest test_all.py
+"""
+import contextlib
+import inspect
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import losses
+import model as model_file
+import reward
+import sample
+import train_align
+import train_reward
+from data import DEFECTS, DIMS, GROUND, PROMPTS, attributes, oracle, render, rng, to_float, to_uint8
+from losses import beta_schedule, bt, btt, flow_dpo, flow_rwr, flow_sft, masked_mean, mix, regression, velocity_error
+from model import PRESETS, VideoDiT, add_lora, load_lora, lora_disabled, rotary, rotate, save_lora
+from sample import cfg, euler, nrg, timesteps
+
+HERE = Path(__file__).parent
+TINY = replace(PRESETS["toy"], dim=48, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16)
+
+
+def random_model(config=TINY, seed=0):
+    """A model whose head is not zero, so that its output says something."""
+    torch.manual_seed(seed)
+    m = VideoDiT(config)
+    torch.nn.init.normal_(m.head.head.weight, std=0.1)
+    return m.eval()
+
+
+def random_batch(n=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, 3, 4, 8, 8, generator=g), torch.rand(n, generator=g), torch.randn(n, 8, 32, generator=g))
+
+
+# ---- losses ----
+
+def test_convention_t0_is_data_t1_is_noise_and_v_is_the_derivative():
+    x0, eps = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64), torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
+    t = torch.tensor([0.3, 0.8], dtype=torch.float64)
+    assert torch.equal(mix(x0, eps, torch.zeros(2)), x0) and torch.equal(mix(x0, eps, torch.ones(2)), eps)
+    h = 1e-6
+    assert torch.allclose((mix(x0, eps, t + h) - mix(x0, eps, t - h)) / (2 * h), eps - x0, atol=1e-8)
+
+
+def test_eps_error_is_one_minus_t_squared_times_the_velocity_error():
+    x0, eps, v_pred = (torch.randn(4, 3, 2, 4, 4) for _ in range(3))
+    t = torch.rand(4)
+    eps_pred = mix(x0, eps, t) + (1 - t).view(-1, 1, 1, 1, 1) * v_pred
+    assert torch.allclose(velocity_error(eps_pred, eps), (1 - t) ** 2 * velocity_error(v_pred, eps - x0), rtol=1e-4)
+
+
+def test_dpo_is_log_2_at_the_reference_and_its_gradient_fits_the_winner_and_unfits_the_loser():
+    v_w, v_l, v_theta_w, v_theta_l = (torch.randn(3, 2, 2, 4, 4) for _ in range(4))
+    ref_w, ref_l = velocity_error(v_theta_w, v_w), velocity_error(v_theta_l, v_l)
+    for v in (v_theta_w, v_theta_l):
+        v.requires_grad_()
+    loss = flow_dpo(velocity_error(v_theta_w, v_w), velocity_error(v_theta_l, v_l), ref_w, ref_l, beta=500.0)
+    assert torch.allclose(loss, torch.full((3,), np.log(2.0), dtype=torch.float32), atol=1e-6)
+    loss.sum().backward()
+    toward_w, toward_l = (-(v.grad * (target - v)).sum() for v, target in ((v_theta_w, v_w), (v_theta_l, v_l)))
+    assert toward_w > 0 > toward_l
+    # the closed form of the gradient: d loss / d err_w = beta / 2 * sigmoid(beta / 2 * difference)
+    err = torch.tensor([0.31], requires_grad=True)
+    flow_dpo(err, torch.tensor([0.30]), torch.tensor([0.30]), torch.tensor([0.30]), 100.0).backward()
+    assert torch.allclose(err.grad, 50 * torch.sigmoid(torch.tensor([0.5])), rtol=1e-4)
+
+
+def test_beta_schedules():
+    t = torch.tensor([0.0, 0.25, 1.0])
+    assert beta_schedule(8.0, t, "constant").tolist() == [8, 8, 8]
+    assert beta_schedule(8.0, t, "(1-t)^2").tolist() == [8, 4.5, 0]
+    assert beta_schedule(8.0, t, "t^2").tolist() == [0, 0.5, 8]
+    assert torch.allclose(beta_schedule(8.0, t, "(1-t)/t"), torch.tensor([8 / 0.05, 24, 0]))
+    with pytest.raises(ValueError, match="constant"):
+        beta_schedule(8.0, t, "cosine")
+
+
+def test_rwr_with_equal_rewards_is_sft_and_weights_have_mean_1_before_the_clip():
+    err = torch.rand(5, requires_grad=True)
+    assert torch.allclose(flow_rwr(err, torch.full((5,), 3.0)), flow_sft(err))
+    r = torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0], requires_grad=True)
+    loss = flow_rwr(err, r)
+    assert torch.allclose(loss / err, torch.exp(r) / torch.exp(r).mean())
+    loss.sum().backward()
+    assert r.grad is None
+    assert flow_rwr(torch.ones(100), torch.cat([torch.zeros(99), torch.tensor([1000.0])])).tolist() == [0.0] * 99 + [10.0]
+
+
+def test_btt_probabilities_sum_to_one_and_tie_1_gives_bt():
+    d, one = torch.randn(50, dtype=torch.float64) * 4, torch.ones(50)
+    total = sum(torch.exp(-btt(d, label * one, tie=5.0)) for label in (1, 0, -1))
+    assert torch.allclose(total, torch.ones(50, dtype=torch.float64))
+    for label in (1, -1):
+        assert torch.allclose(btt(d, label * one, tie=1.0), bt(d, label * one))
+        r_a, r_b = d, torch.zeros_like(d)                                        # Rao and Kupper's own form
+        p = torch.exp(r_a) / (torch.exp(r_a) + 5 * torch.exp(r_b)) if label == 1 else torch.exp(r_b) / (5 * torch.exp(r_a) + torch.exp(r_b))
+        assert torch.allclose(torch.exp(-btt(d, label * one)), p)
+    assert abs(torch.exp(-btt(torch.zeros(1), torch.zeros(1))).item() - 24 / 36) < 1e-6
+
+
+def test_unlabelled_entries_leave_loss_and_gradient_untouched():
+    nan = float("nan")
+    label, score = torch.tensor([1.0, nan, -1.0, 0.0, nan]), torch.tensor([1.0, nan, 2.0, 0.5, nan])
+    for loss, target, counted in ((bt, label, [0, 2]), (btt, label, [0, 2, 3]), (regression, score, [0, 2, 3])):
+        d = torch.tensor([0.3, nan, -0.2, 5.0, 1e30], requires_grad=True)
+        out = loss(d, target)
+        assert all(out[i] == 0 for i in range(5) if i not in counted)
+        out.sum().backward()
+        assert all((d.grad[i] != 0) == (i in counted) for i in range(5)) and d.grad.isfinite().all()
+    assert masked_mean(torch.tensor([1.0, 7.0, 3.0]), torch.tensor([1.0, nan, 0.0])) == 2.0
+    assert masked_mean(torch.tensor([nan]), torch.tensor([nan])) == 0.0
+    assert btt(torch.zeros(1, dtype=torch.float64), torch.ones(1)).dtype == torch.float64
+    assert velocity_error(torch.zeros(1, 2).bfloat16(), torch.ones(1, 2).bfloat16()).dtype == torch.float32
+
+
+def test_each_loss_works_after_copy_and_paste():
+    source = "import torch\nimport torch.nn.functional as F\n"
+    ones = torch.ones(2)
+    calls = {"flow_sft": (ones,), "flow_rwr": (ones, ones), "flow_dpo": (ones, ones, ones, ones, 500.0), "bt": (ones, ones), "btt": (ones, ones),
+             "beta_schedule": (500.0, ones, "t^2"), "regression": (ones, ones), "masked_mean": (ones, ones), "mix": (ones, ones, ones),
+             "velocity_error": (ones[:, None], ones[:, None])}
+    for name, arguments in calls.items():
+        scope = {}
+        exec(source + inspect.getsource(getattr(losses, name)), scope)
+        assert torch.equal(scope[name](*arguments), getattr(losses, name)(*arguments))
+
+
+# ---- the model ----
+
+def test_presets_have_the_published_sizes():
+    sizes = {}
+    for name, config in PRESETS.items():
+        with torch.device("meta"):
+            sizes[name] = sum(p.numel() for p in VideoDiT(config).parameters())
+    assert round(sizes["wan-1.3b"] / 1e9, 3) == 1.419 and round(sizes["wan-14b"] / 1e9, 3) == 14.288
+
+
+def test_parameter_names_are_official_wan():
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in VideoDiT(PRESETS["wan-1.3b"]).state_dict().items()}
+    official = {"patch_embedding.weight": (1536, 16, 1, 2, 2), "text_embedding.0.weight": (1536, 4096), "time_embedding.2.bias": (1536,),
+                "time_projection.1.weight": (9216, 1536), "blocks.29.self_attn.norm_q.weight": (1536,), "blocks.0.cross_attn.k.weight": (1536, 1536),
+                "blocks.0.norm3.weight": (1536,), "blocks.0.ffn.0.weight": (8960, 1536), "blocks.0.modulation": (1, 6, 1536),
+                "head.modulation": (1, 2, 1536), "head.head.weight": (64, 1536)}
+    assert {k: shapes.get(k) for k in official} == official
+    assert len(shapes) == 30 * 27 + 15
+
+
+def test_a_batch_of_two_is_two_batches_of_one_and_no_input_is_ignored():
+    m, (x, t, text) = random_model(), random_batch()
+    with torch.no_grad():
+        both = m(x, t, text)
+        assert both.shape == x.shape
+        for i in (0, 1):
+            assert torch.allclose(both[i:i + 1], m(x[i:i + 1], t[i:i + 1], text[i:i + 1]), atol=1e-5)
+        for changed in ((x.flip(2), t, text), (x, t * 0.5, text), (x, t, text.flip(0))):
+            assert (m(*changed) - both).abs().max() > 1e-3
+        assert m(x, t, text, depth=1).shape == (2, 2 * 2 * 2, TINY.dim)
+
+
+def test_patches_come_back_where_they_were():
+    m, (x, t, text) = random_model(replace(TINY, num_layers=0)), random_batch(1)
+    with torch.no_grad():
+        a = m(x, t, text)
+        x[:, :, 2:, :4, 4:] += 1.0                                              # one patch: frames 2-3, rows 0-3, columns 4-7
+        changed = (m(x, t, text) - a).abs() > 1e-6
+    assert changed[:, :, 2:, :4, 4:].any() and changed.sum() == changed[:, :, 2:, :4, 4:].sum()
+
+
+def test_rotary_positions_are_relative():
+    cos, sin = rotary((6, 6, 6), 24, torch.device("cpu"))
+    q, k = torch.randn(2, 24, dtype=torch.float64)
+    at = lambda y, f, h, w: rotate(y[None, None, None].float(), cos[f * 36 + h * 6 + w], sin[f * 36 + h * 6 + w]).flatten()
+    for axis in range(3):
+        place = lambda n: [1 + n * (axis == i) for i in range(3)]
+        near, moved, further = (at(q, *place(i)) @ at(k, *place(j)) for i, j in ((0, 2), (1, 3), (0, 3)))
+        assert torch.allclose(near, moved, atol=1e-5) and not torch.allclose(near, further, atol=1e-3)
+
+
+def test_lora_off_is_bitwise_the_base_and_its_file_is_the_same_model(tmp_path):
+    m, batch = random_model(), random_batch()
+    with torch.no_grad():
+        base = m(*batch)
+        add_lora(m, rank=4, alpha=8.0)
+        assert torch.equal(m(*batch), base)                                     # B starts at zero
+        for name, p in m.named_parameters():
+            assert p.requires_grad == ("lora" in name)
+            if "lora" in name:
+                p.normal_(std=0.1)
+        tuned = m(*batch)
+        assert (tuned - base).abs().max() > 1e-3
+        with lora_disabled(m):
+            assert torch.equal(m(*batch), base)
+        assert torch.equal(m(*batch), tuned)
+        save_lora(m, tmp_path / "lora.safetensors")
+        again = load_lora(random_model(), tmp_path / "lora.safetensors")
+        assert torch.allclose(again(*batch), tuned, atol=1e-5)
+    keys = set(model_file.read_tensors(tmp_path / "lora.safetensors")[0])
+    assert keys == {f"diffusion_model.blocks.{i}.{a}_attn.{n}.lora_{ab}.weight"
+                    for i in (0, 1) for a in ("self", "cross") for n in "qkvo" for ab in "AB"}
+
+
+def test_diffusers_wan_gives_the_same_output_and_reads_what_we_write(tmp_path, monkeypatch):
+    from diffusers import WanTransformer3DModel
+    monkeypatch.setattr(WanTransformer3DModel, "_keep_in_fp32_modules", None)   # else its loader asks for accelerate
+    torch.manual_seed(0)
+    theirs = WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=24,
+                                   freq_dim=32, ffn_dim=48, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads").eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    theirs.save_pretrained(tmp_path / "diffusers" / "transformer")
+    ours = VideoDiT.from_pretrained(tmp_path / "diffusers").eval()
+    ours.save_pretrained(tmp_path / "ours")
+    back = WanTransformer3DModel.from_pretrained(tmp_path / "ours").eval()
+    official = tmp_path / "official"                                            # Wan's own names and config keys
+    official.mkdir()
+    model_file.save_tensors(ours.state_dict(), official / "diffusion_pytorch_model.safetensors")
+    (official / "config.json").write_text(json.dumps(dict(_class_name="WanModel", model_type="t2v", dim=32, ffn_dim=48, freq_dim=32, in_dim=4,
+                                                          out_dim=4, num_heads=2, num_layers=2, text_len=512, eps=1e-6, text_dim=24)))
+    official = VideoDiT.from_pretrained(official).eval()
+    for grid, words in (((1, 4, 4), 512), ((3, 6, 10), 7), ((5, 2, 14), 512)):
+        x, t, text = torch.randn(2, 4, *grid), torch.rand(2), torch.randn(2, words, 24)
+        text[:, 5:] = 0                                                         # Wan's padding, visible to attention
+        with torch.no_grad():
+            reference = theirs(x, 1000 * t, text, return_dict=False)[0]
+            for output in (ours(x, t, text), official(x, t, text), back(x, 1000 * t, text, return_dict=False)[0]):
+                assert (output - reference).norm() < 1e-5 * reference.norm()
+    (tmp_path / "ours" / "config.json").write_text(json.dumps({**ours.config.to_diffusers(), "image_dim": 1280}))
+    with pytest.raises(ValueError, match="text-to-video"):
+        VideoDiT.from_pretrained(tmp_path / "ours")
+
+
+def test_light_imports_stay_light():
+    code = "import sys, model, losses, data; print(sorted({'transformers', 'diffusers', 'av', 'PIL'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# ---- sampling ----
+
+def test_timesteps():
+    assert timesteps(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert torch.allclose(timesteps(4, shift=3.0), torch.tensor([1, 0.9, 0.75, 0.5, 0]))
+
+
+def gaussian(mu=0.7, s=0.5):
+    """The exact velocity of data N(mu, s^2), and E[x0 | xt]."""
+    def mean_x0(x, t):
+        return mu + (1 - t) * s**2 / ((1 - t) ** 2 * s**2 + t**2) * (x - (1 - t) * mu)
+    def velocity(x, t):
+        x0 = mean_x0(x, t)
+        return ((x - (1 - t) * x0) / t) - x0
+    return velocity, mean_x0
+
+
+def test_euler_hits_a_gaussian_and_nrg_its_tilted_mean_but_not_with_the_wrong_sign():
+    velocity, mean_x0 = gaussian()
+    eps, ts = torch.randn(20000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64), timesteps(200).double()
+    x = euler(velocity, eps, ts)
+    assert abs(x.mean() - 0.700) < 0.01 and abs(x.std() - 0.496) < 0.01
+    # r(x0) = 2 x0, w = 2: the target is N(0.7 + w a s^2, s^2) = N(1.7, s^2); the exact noisy reward is E[r | xt] plus a constant
+    exact = lambda x, t: 2 * mean_x0(x, t).float()
+    ratios = []
+    x = euler(nrg(velocity, exact, rg_scale=2.0, dim_w=(1.0,), ratios=ratios), eps, ts)
+    assert abs(x.mean() - 1.7) < 0.02 and abs(x.std() - 0.496) < 0.01
+    assert len(ratios) == 199                                                   # t = 1 is skipped
+    assert euler(nrg(velocity, exact, rg_scale=-2.0, dim_w=(1.0,)), eps, ts).mean() < -0.2
+    # a limit keeps the guidance within its share of the velocity
+    v, guided = velocity(eps, ts[9]), nrg(velocity, exact, 1000.0, (1.0,), max_ratio=0.1)(eps, ts[9])
+    assert torch.allclose((guided - v).abs(), 0.1 * v.abs(), rtol=1e-3)
+
+
+def test_cfg_interpolates_and_extrapolates():
+    a, b = (lambda x, t: x + 1), (lambda x, t: x - 1)
+    x = torch.zeros(2)
+    assert cfg(a, b, 0.0)(x, 1).tolist() == [-1, -1] and cfg(a, b, 1.0)(x, 1).tolist() == [1, 1] and cfg(a, b, 3.0)(x, 1).tolist() == [5, 5]
+
+
+def test_sampling_is_a_function_of_seed_and_index():
+    m = random_model()
+    a = sample.generate(m, PROMPTS[:3], seed=1, steps=2, batch=3)
+    assert torch.equal(a, sample.generate(m, PROMPTS[:3], seed=1, steps=2, batch=3))
+    assert torch.allclose(a, sample.generate(m, PROMPTS[:3], seed=1, steps=2, batch=2), atol=1e-5)
+    assert (a - sample.generate(m, PROMPTS[:3], seed=2, steps=2, batch=3)).abs().max() > 0.1
+
+
+def test_win_rate_drops_exact_ties():
+    assert sample.win_rate(torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 0.0, 1.0])) == 2 / 3
+    assert sample.win_rate(torch.ones(3), torch.ones(3)) == 0.5
+
+
+# ---- the toy world ----
+
+def test_each_oracle_score_falls_with_its_own_defect_and_hardly_moves_with_the_others():
+    prompts = PROMPTS
+    wanted = attributes(prompts)
+    own = {**dict.fromkeys(("blur", "wash"), 0), **dict.fromkeys(("jitter", "stutter", "teleport"), 1), **dict.fromkeys(("colour", "shape", "direction"), 2)}
+    for defect, dim in own.items():
+        rows = []
+        for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
+            defects = torch.zeros(len(prompts), len(DEFECTS))
+            defects[:, DEFECTS.index(defect)] = strength
+            rows.append(oracle(render(wanted, defects, rng(1)).float(), prompts).mean(0))
+        table = torch.stack(rows)                                               # (strength, dimension)
+        assert (table[0] > 0.96).all()
+        assert (table.diff(dim=0)[:, dim] < -0.02).all() and table[-1, dim] < 0.7, f"{defect}\n{table}"
+        assert all((table[:, k] - table[0, k]).abs().max() < 0.08 for k in range(3) if k != dim), f"{defect}\n{table}"
+
+
+def test_the_oracle_is_not_fooled_off_the_manifold():
+    prompts = PROMPTS[:48]
+    clean = render(attributes(prompts), torch.zeros(48, 8), rng(1)).float()
+    flicker = clean.clone()
+    flicker[:, :, ::2] = 2 * GROUND - 1
+    g = torch.Generator().manual_seed(0)
+    mean = lambda video: dict(zip(DIMS, oracle(video, prompts).mean(0).tolist()))
+    empty, noise, white = (mean(v) for v in (torch.full_like(clean, 2 * GROUND - 1), torch.rand(clean.shape, generator=g) * 2 - 1, torch.ones_like(clean)))
+    for video in (empty, noise, white):
+        assert max(video.values()) < 0.05
+    assert mean(clean[:, :, :1].expand_as(clean))["MQ"] < 0.01                  # static
+    assert mean(flicker)["MQ"] < 0.01 and mean(flicker)["VQ"] < 0.6
+    assert mean(clean.flip(2))["TA"] < 0.7                                      # backwards: one of three attributes is wrong
+    assert oracle(clean * 5, prompts).isfinite().all()
+
+
+def test_the_split_is_even_and_disjoint():
+    splits = [data.split_of(p) for p in PROMPTS]
+    assert [splits.count(s) for s in ("train", "val", "eval")] == [45, 9, 18]
+    held_out = attributes([p for p, s in zip(PROMPTS, splits) if s == "eval"])
+    assert [held_out[:, k].bincount().tolist() for k in (0, 1)] == [[3] * 6, [6] * 3] and held_out[:, 2].bincount().min() >= 4
+
+
+def test_annotators_tie_as_often_as_people_and_mostly_agree_with_the_oracle():
+    pairs = data.toy_pairs(600, "train", seed=0)
+    assert all(0.4 <= x <= 0.6 for x in (pairs.label == 0).float().mean(0).tolist())
+    d = data.with_overall(pairs.score[:, 0]) - data.with_overall(pairs.score[:, 1])
+    assert all(0.8 < reward.accuracy_without_ties(pairs.label[:, k], d[:, k]) < 0.97 for k in range(4))
+    assert pairs.mos.unique().tolist() == [1, 2, 3, 4, 5]
+    assert np.corrcoef(pairs.mos[..., 1].flatten(), pairs.score[..., 1].flatten())[0, 1] > 0.8
+    assert {data.split_of(p) for p in pairs.prompts} == {"train"}
+    again = data.toy_pairs(600, "train", seed=0)
+    assert torch.equal(pairs.videos, again.videos) and torch.equal(pairs.label, again.label)
+
+
+def test_noise_and_order_are_functions_of_seed_step_and_sample():
+    t, eps = data.draw_noise((3, 2), 0, 5, [7, 8, 9])
+    t2, eps2 = data.draw_noise((3, 2), 0, 5, [9])
+    assert t[2] == t2[0] and torch.equal(eps[2], eps2[0]) and not torch.equal(eps[1], eps[2])
+    rows = torch.cat([data.step_rows(10, 4, 0, step) for step in range(5)])     # two epochs
+    assert rows[:10].sort().values.tolist() == rows[10:].sort().values.tolist() == list(range(10))
+
+
+def test_videos_survive_their_file(tmp_path):
+    video = render(attributes(PROMPTS[:1]), torch.zeros(1, 8), rng(0))[0].float().repeat_interleave(8, 2).repeat_interleave(8, 3)
+    data.write_video(tmp_path / "a.mp4", video, fps=8)
+    frames, fps = data.read_video(tmp_path / "a.mp4")
+    assert frames.shape == (8, 192, 192, 3) and frames.dtype == np.uint8 and fps == 8
+    assert np.abs(frames.astype(float) - to_uint8(video).permute(1, 2, 3, 0).numpy()).mean() < 2
+    some, _ = data.read_video(tmp_path / "a.mp4", [1, 6])
+    assert np.array_equal(some, frames[[1, 6]])
+    (tmp_path / "bad.mp4").write_text("not a video")
+    for path, indices in (("bad.mp4", None), ("none.mp4", None), ("a.mp4", [99])):
+        with pytest.raises(ValueError, match=path):
+            data.read_video(tmp_path / path, indices)
+
+
+# ---- rewards ----
+
+def test_accuracies_are_the_exact_maximum_over_thresholds():
+    assert reward.accuracy_with_ties(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0])) == 1.0    # "no ties" counts too
+    assert reward.accuracy_without_ties(torch.tensor([1.0, -1.0, 0.0, float("nan")]), torch.tensor([0.0, -1.0, 5.0, 5.0])) == 0.5
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        label = torch.randint(-1, 2, (12,), generator=g).float()
+        d = torch.randint(-3, 4, (12,), generator=g).float()                    # many equal |d|
+        brute = max((torch.where(d.abs() <= e, 0, d.sign()) == label).float().mean().item() for e in (-1, 0, 1, 2, 3))
+        assert abs(reward.accuracy_with_ties(label, d) - brute) < 1e-6
+
+
+def test_a_latent_reward_starts_from_the_base_and_survives_its_file(tmp_path):
+    base = random_model()
+    r = reward.LatentReward.from_base(base, depth=1)
+    x, t, text = random_batch()
+    with torch.no_grad():
+        assert torch.equal(r.dit(x, t, text, depth=1), base(x, t, text, depth=1))
+        r.mean.fill_(0.5)
+        r.std.fill_(2.0)
+        assert torch.allclose(r.score(x, t, text), (r(x, t, text) - 0.5) / 2)
+        r.save(tmp_path / "reward.safetensors", {"world": data.world_hash()}, dtype=torch.float32)
+        assert torch.equal(reward.LatentReward.from_pretrained(tmp_path).score(x, t, text), r.score(x, t, text))
+
+
+# ---- scripts ----
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A tiny base and a tiny reward, made by the scripts themselves."""
+    root, toy = tmp_path_factory.mktemp("runs"), PRESETS["toy"]
+    PRESETS["toy"] = TINY
+    try:
+        base = train_align.main(train_align.Args(loss="pretrain", steps=50, batch=8, warmup=5, eval_n=18, eval_steps=2, out=str(root / "base")))
+    finally:
+        PRESETS["toy"] = toy
+    first, last = ends(root / "base")
+    assert last < 0.6 * first and set(base["oracle"]) == set(DIMS)
+    for name, extra in (("reward", {}), ("noisy", {"noisy": True, "shared_noise": False})):
+        result = train_reward.main(train_reward.Args(model=str(root / "base"), depth=1, n_pairs=120, steps=40, batch=16, lr=3e-3, n_eval=60,
+                                                     out=str(root / name), **extra))
+        first, last = ends(root / name)
+        assert last < first and 0 <= result["by_t"]["0.0"]["VQ"]["with"] <= 1 and len(result["by_t"]) == (5 if name == "noisy" else 1)
+    return root
+
+
+def ends(run):
+    """The first and the last loss in a run's log."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return lines[0]["loss"], lines[-1]["loss"]
+
+
+def align_args(runs, out, **changes):
+    return train_align.Args(**{**dict(model=str(runs / "base"), reward=str(runs / "reward"), n_pairs=24, steps=20, batch=8, lr=3e-3, lora_rank=4,
+                                      eval_n=18, eval_steps=2, out=str(runs / out)), **changes})
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("dpo", {}), ("dpo_full", dict(lora_rank=0, lr=3e-4)), ("dpo_ta", dict(dim_w=(0.0, 0.0, 1.0), labels="oracle", beta_schedule="(1-t)^2")),
+    ("sft", dict(loss="sft", labels="human")), ("rwr", dict(loss="rwr"))])
+def test_each_objective_trains_and_its_loss_falls(runs, name, changes):
+    result = train_align.main(align_args(runs, name, **changes))
+    assert set(result["win_rate"]) == {*DIMS, "Overall"} and json.loads((runs / name / "eval.json").read_text()) == result
+    first, last = ends(runs / name)
+    assert last < first
+    events = [json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()]
+    assert len(events[0]["loss_by_t"]) == 10
+    if "dpo" in name:
+        assert {"implicit_acc", "margin", "gap_w", "gap_l"} <= set(events[0]) and events[-1]["implicit_acc"] > 0.5
+    config = json.loads((runs / name / "config.json").read_text())
+    again = data.parse_args(train_align.Args, "", shlex.split(config["command"])[2:])
+    train_align.check(again)
+    assert vars(again) == {**config["args"], "dim_w": tuple(config["args"]["dim_w"])}
+    assert {p.name for p in (runs / name).iterdir()} >= {"config.json", "log.jsonl", "eval.json", "samples.png"}
+    assert sample.load_model(runs / name)(*random_batch()).isfinite().all()
+
+
+def test_rwr_accumulated_over_micro_batches_is_rwr_in_one(runs):
+    for name, parts in (("one", 1), ("four", 4)):
+        train_align.main(align_args(runs, name, loss="rwr", steps=2, batch=4, accumulate=parts, eval_n=2))
+    one, four = (model_file.read_tensors(runs / name / "lora.safetensors")[0] for name in ("one", "four"))
+    assert all(torch.allclose(one[k], four[k], atol=1e-5) for k in one)
+
+
+def test_human_labels_decide_by_sign_and_drop_ties():
+    pairs = data.toy_pairs(60, "train", 0)
+    args = train_align.Args(labels="human", dim_w=(0.0, 1.0, 0.0))
+    rows, order, r = train_align.label_pairs(args, pairs, None)
+    assert r is None and torch.equal(rows, (pairs.label[:, 1] != 0).nonzero()[:, 0])
+    assert torch.equal(order[rows, 0], (pairs.label[rows, 1] < 0).long())
+    args.labels = "oracle"
+    rows, order, r = train_align.label_pairs(args, pairs, None)
+    assert len(rows) == 60 and (r[:, 0] >= r[:, 1]).all()
+
+
+def test_sample_writes_videos_guides_evaluates_and_compares(runs):
+    common = dict(ckpt=str(runs / "base"), steps=3)
+    sample.main(sample.Args(**common, prompt=["a red circle moving left"], n=2, cfg=2.0, nrg=str(runs / "noisy"), out=str(runs / "videos")))
+    frames, _ = data.read_video(runs / "videos" / "001.mp4")
+    assert frames.shape == (8, 192, 192, 3)
+    result = sample.main(sample.Args(**common, nrg=str(runs / "noisy"), eval=18, dim_w=(0.0, 0.0, 1.0), out=str(runs / "nrg")))
+    assert result["n"] == 18
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        sample.main(sample.Args(compare=[str(runs / "nrg"), str(runs / "nrg")]))
+    assert printed.getvalue().count("| nrg | oracle |") == 1 and (runs / "compare.png").exists()
+    scores = reward.main(reward.Args(ckpt=str(runs / "reward"), video=[str(runs / "videos" / "000.mp4")], prompt="a red circle moving left"))
+    assert scores.shape == (1, 3)
+
+
+def test_an_older_run_is_renamed_and_never_overwritten(runs):
+    args = sample.Args(ckpt=str(runs / "base"), steps=1, prompt=PROMPTS[:1], out=str(runs / "again"))
+    sample.main(args)
+    (runs / "again" / "mine.txt").write_text("keep")
+    sample.main(args)
+    assert (runs / "again.1" / "mine.txt").read_text() == "keep" and not (runs / "again" / "mine.txt").exists()
+
+
+BAD = [
+    (train_align, "--lss dpo", "did you mean --loss"),
+    (train_align, "--loss ppo", "choose from"),
+    (train_align, "--steps many", "invalid int value"),
+    (train_align, "--dim_w 1,1", "takes 3 numbers"),
+    (train_align, "--loss rwr --labels human", "use --labels reward"),
+    (train_align, "--model runs/nowhere", "does not exist"),
+    (train_align, "--model {empty}", "finished run"),
+    (train_align, "--out {file}/run", "is a file"),
+    (train_align, "--model {other}", "does not fit the model"),
+    (train_align, "--model {cut}", "cannot be read as safetensors"),
+    (train_align, "--model {world}", "another Shapes world"),
+    (train_reward, "--tie 1", "above 1"),
+    (train_reward, "--depth 99", "blocks"),
+    (train_reward, "--model runs/nowhere", "does not exist"),
+    (sample, "", "nothing to draw"),
+    (sample, "--prompt 'a dog'", "not a prompt of Shapes world"),
+    (sample, "--ckpt runs/nowhere --eval 4", "does not exist"),
+    (sample, "--compare {empty}", "holds no eval.json"),
+    (reward, "--video {file} --prompt 'a red circle moving left'", "cannot be read as a video"),
+]
+
+
+@pytest.mark.parametrize("script, argv, says", BAD, ids=[f"{s.__name__} {a}" for s, a, _ in BAD])
+def test_bad_input_ends_in_one_line_and_status_2(script, argv, says, tmp_path, runs, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "empty").mkdir()
+    for name in ("other", "cut", "world"):
+        shutil.copytree(runs / "base", tmp_path / name)
+        file = tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors"
+        tensors, metadata = model_file.read_tensors(file)
+        if name == "other":
+            tensors["proj_out.bias"] = torch.zeros(7)
+        if name == "world":
+            metadata["world"] = "0"
+        model_file.save_tensors({k: v.clone() for k, v in tensors.items()}, file, metadata)
+        if name == "cut":
+            file.write_bytes(file.read_bytes()[:1000])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        script.main(data.parse_args(script.Args, script.__doc__, shlex.split(argv.format(**{n: tmp_path / n for n in ("file", "empty", "other", "cut", "world")}))))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and says in said[-1] and said[-1].startswith("error:") and len(said) == 1, said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- what ships ----
+
+def readme_commands():
+    text = (HERE / "README.md").read_text()
+    return [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines() if line.strip()]
+
+
+def test_every_command_of_the_readme_parses():
+    commands = [c for c in readme_commands() if c.startswith("python ")]
+    assert len(commands) >= 5
+    for command in commands + [line.strip().split("    ")[0] for m in (train_align, train_reward, sample, reward) for line in m.__doc__.splitlines() if line.strip().startswith("python ")]:
+        words = shlex.split(command)
+        script = {m.__name__ + ".py": m for m in (train_align, train_reward, sample, reward)}.get(words[1])
+        assert (HERE / words[1]).exists(), command
+        if script:
+            data.parse_args(script.Args, script.__doc__, words[2:])
+
+
+def test_the_shipped_weights_are_of_this_world_small_and_good():
+    files = sorted((HERE / "assets").rglob("*.safetensors"))
+    shipped = [f for f in files if f.name != "samples.safetensors"]
+    assert [f.parent.name for f in shipped] == ["base", "noisy", "reward"] and sum(f.stat().st_size for f in files) < 8e6
+    for f in shipped:
+        metadata = model_file.read_tensors(f)[1]
+        assert metadata["world"] == data.world_hash() and metadata["command"].startswith("python train_") and metadata["seed"] == "0"
+    prompts = sample.eval_prompts(36)
+    videos = sample.generate(sample.load_model("assets/base"), prompts, seed=0)
+    g = rng(0)
+    mixed = data.render_as(torch.randint(len(data.RENDERERS), (500,), generator=g), [PROMPTS[i % 72] for i in range(500)], g)
+    share = oracle(videos, prompts).mean(0) / oracle(mixed, [PROMPTS[i % 72] for i in range(500)]).mean(0)
+    assert (share > 0.72).all(), share                                          # 0.8 on 512 draws; 36 leave room for chance
+    r = reward.LatentReward.from_pretrained("assets/reward")
+    pairs = data.toy_pairs(200, "eval", seed=1)
+    d = (reward.score_clean(r, pairs.latents(slice(None)).flatten(0, 1), pairs.text(range(200)).repeat_interleave(2, 0)).view(200, 2, 3) * torch.tensor([1.0, -1.0])[:, None]).sum(1)
+    assert all(reward.accuracy_without_ties(pairs.label[:, k], d[:, k]) > 0.75 for k in range(3))
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__, "-q"]))
