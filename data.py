@@ -1,11 +1,12 @@
-"""Everything between files and tensors: the toy world, videos, preference pairs, run folders, arguments, logs.
+"""Everything between files and tensors: the toy world, videos, preference pairs, run folders, arguments,
+logs.
 
     python data.py                   writes shapes.png: good and bad videos of Shapes world with their oracle scores
 
-Shapes world is a world small enough for two CPU cores in which the true quality of a video is known exactly: one
-soft-edged shape on a dark ground, 6 colours x 3 shapes x 4 directions, twelve renderers with different flaws in the place of
-twelve text-to-video models, and an oracle that measures VQ, MQ and TA from the pixels alone.
-Pixels are (B, 3, T, H, W) in [-1, 1]; files hold uint8 (T, H, W, 3).
+Shapes world is a world small enough for two CPU cores in which the true quality of a video is known exactly:
+one soft-edged shape on a dark ground, 6 colours x 3 shapes x 4 directions, twelve renderers with different
+flaws in the place of twelve text-to-video models, and an oracle that measures VQ, MQ and TA from the pixels
+alone. Pixels are (B, 3, T, H, W) in [-1, 1]; files hold uint8 (T, H, W, 3).
 """
 import argparse
 import difflib
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 
-DIMS = ("VQ", "MQ", "TA")                      # visual quality, motion quality, text alignment: the columns of every r (B, 3)
+DIMS = ("VQ", "MQ", "TA")    # visual quality, motion quality, text alignment: the columns of every r (B, 3)
 
 
 # ---- arguments, run folders, logs: one way for all scripts ----
@@ -42,12 +43,14 @@ def fail(message):
 
 
 def parse_args(cls, doc, argv=None):
-    """An instance of the dataclass cls from the command line. Annotations give the types, trailing comments the help.
+    """An instance of the dataclass cls from the command line. Annotations give the types, trailing comments
+    the help.
 
-    Literal is a choice, bool makes --flag and --no-flag, tuple reads numbers with commas, list takes several words,
-    `X | None` is left to the recipe. A wrong flag or value ends in one line and exit status 2.
+    Literal is a choice, bool makes --flag and --no-flag, tuple reads numbers with commas, list takes several
+    words, `X | None` is left to the recipe. A wrong flag or value ends in one line and exit status 2.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (--help lists every flag)")
     hints = typing.get_type_hints(cls)
     notes = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.M))
@@ -71,7 +74,8 @@ def parse_args(cls, doc, argv=None):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(cls)], 1)
-        fail(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else "") + " (--help lists every flag)")
+        hint = f", did you mean {near[0]}?" if near else ""
+        fail(f"unknown argument {unknown[0]}{hint} (--help lists every flag)")
     return cls(**vars(args))
 
 
@@ -81,7 +85,10 @@ def numbers(text):
 
 
 def find(path, *names):
-    """The folder or file at path, as given or beside this file (so `assets/base` works from anywhere); names: files it must hold."""
+    """The folder at path, as given or beside this file, so that `assets/base` works from anywhere.
+
+    names: files or folders of which it must hold one; else, one line and exit status 2.
+    """
     found = Path(path) if Path(path).exists() or Path(path).is_absolute() else HERE / path
     if not found.exists():
         fail(f"{path} does not exist")
@@ -94,7 +101,8 @@ def check_out(out):
     """Refuse an --out that cannot become a folder, before any work is done."""
     parent = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        fail(f"--out {out} cannot be written ({parent} is {'read-only' if parent.is_dir() else 'a file'}): name another folder")
+        why = "read-only" if parent.is_dir() else "a file"
+        fail(f"--out {out} cannot be written ({parent} is {why}): name another folder")
 
 
 def write_json(path, value):
@@ -104,7 +112,7 @@ def write_json(path, value):
 
 
 def start_run(args, device="cpu"):
-    """Make the run folder args.out and its config.json; returns the folder. An older run there is renamed, never overwritten."""
+    """Make the run folder args.out and its config.json; returns it. An older run there is renamed and kept."""
     run = Path(args.out)
     try:
         if (run / "config.json").exists():
@@ -112,10 +120,11 @@ def start_run(args, device="cpu"):
             run.rename(f"{run}.{n}")
             print(f"{run} held an earlier run: it is now {run}.{n}")
         run.mkdir(parents=True, exist_ok=True)
-        git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        git = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
         write_json(run / "config.json", {
-            "command": command(args), "args": asdict(args), "commit": git.stdout.strip(), "torch": torch.__version__,
-            "python": sys.version.split()[0], "device": str(device), "threads": torch.get_num_threads(), "world": world_hash()})
+            "command": command(args), "args": asdict(args), "commit": git.stdout.strip(), "world": world_hash(),
+            "torch": torch.__version__, "python": sys.version.split()[0],
+            "device": str(device), "threads": torch.get_num_threads()})
     except OSError as e:
         fail(f"--out {args.out} cannot be written ({e.strerror}): name a folder that can")
     return run
@@ -123,9 +132,15 @@ def start_run(args, device="cpu"):
 
 def command(args):
     """The command line that makes these arguments again."""
-    words = [f"--{k} {shlex.quote(','.join(map(str, v)) if isinstance(v, tuple) else str(v))}" if not isinstance(v, bool) else
-             f"--{k}" if v else f"--no-{k}" for k, v in asdict(args).items() if v not in (None, (), "")]
-    return f"python {Path(inspect.getfile(type(args))).name} {' '.join(words)}"
+    words = ["python", Path(inspect.getfile(type(args))).name]
+    for name, value in asdict(args).items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value not in (None, (), ""):
+            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
 
 
 def log(run, **event):
@@ -137,23 +152,28 @@ def log(run, **event):
 # ---- randomness ----
 
 def rng(*key):
-    """A torch.Generator that is a function of its key, such as ("noise", seed, step, sample): no hidden state to restore."""
+    """A torch.Generator that is a function of its key, such as ("noise", seed, step, sample): no hidden state."""
     key = [zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key]
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
 
 
 def draw_noise(shape, seed, step, samples, logit_normal=False):
-    """t (B,) and eps (B, *shape) for the samples with these indices: t uniform in [0, 1), or logit-normal, eps normal.
+    """t (B,) and eps (B, *shape) for the samples with these indices: t uniform in [0, 1), or logit-normal,
+    eps normal.
 
-    A function of (seed, step, sample) alone, so that resuming, splitting a batch and several ranks agree by construction.
+    A function of (seed, step, sample) alone, so that resuming, splitting a batch and several ranks agree by
+    construction.
     """
     draws = [rng("noise", seed, step, i) for i in samples]
-    t = torch.stack([torch.randn((), generator=g).sigmoid() if logit_normal else torch.rand((), generator=g) for g in draws])
+    if logit_normal:
+        t = torch.stack([torch.randn((), generator=g) for g in draws]).sigmoid()
+    else:
+        t = torch.stack([torch.rand((), generator=g) for g in draws])
     return t, torch.stack([torch.randn(shape, generator=g) for g in draws])
 
 
 def step_rows(n, batch, seed, step):
-    """The indices of an optimizer step's batch: each epoch is a fresh permutation of n, a function of (seed, epoch)."""
+    """The rows (batch,) of an optimizer step: each epoch is a fresh permutation of n, a function of (seed, epoch)."""
     places = torch.arange(step * batch, (step + 1) * batch)
     orders = {e: torch.randperm(n, generator=rng("order", seed, e)) for e in (places // n).unique().tolist()}
     return torch.stack([orders[p // n][p % n] for p in places.tolist()])
@@ -162,8 +182,9 @@ def step_rows(n, batch, seed, step):
 # ---- Shapes world: prompts and text ----
 
 FRAMES, SIZE, FPS = 8, 24, 8
-GROUND, GREY = 0.06, 0.45                      # the dark ground, and what a washed-out colour fades to, in [0, 1]
-COLOURS = {"red": (1, .1, .1), "yellow": (1, 1, .1), "green": (.1, 1, .1), "cyan": (.1, 1, 1), "blue": (.1, .1, 1), "purple": (1, .1, 1)}
+GROUND, GREY = 0.06, 0.45               # the dark ground, and what a washed-out colour fades to, in [0, 1]
+COLOURS = {"red": (1, .1, .1), "yellow": (1, 1, .1), "green": (.1, 1, .1),
+           "cyan": (.1, 1, 1), "blue": (.1, .1, 1), "purple": (1, .1, 1)}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}   # (x, y), y downwards
 PROMPTS = [f"a {c} {s} moving {d}" for c in COLOURS for s in SHAPES for d in DIRECTIONS]
@@ -171,11 +192,13 @@ TEXT_LEN = 8                                   # word slots; the rest is zero, a
 
 
 def attributes(prompts):
-    """(colour, shape, direction) of each prompt as indices (B, 3). ValueError names a prompt outside the world."""
+    """(colour, shape, direction) of each prompt as indices (B, 3). ValueError names a prompt outside the
+    world.
+    """
     rows = []
     for prompt in prompts:
         words = prompt.lower().split()
-        row = [[i for i, name in enumerate(names) if name in words] for names in (COLOURS, SHAPES, DIRECTIONS)]
+        row = [[i for i, name in enumerate(kind) if name in words] for kind in (COLOURS, SHAPES, DIRECTIONS)]
         if any(len(found) != 1 for found in row):
             raise ValueError(f"'{prompt}' is not a prompt of Shapes world; write one like '{PROMPTS[0]}'")
         rows.append([found[0] for found in row])
@@ -183,13 +206,15 @@ def attributes(prompts):
 
 
 def split_of(prompt):
-    """'eval' for 18 of the 72 combinations, 'val' for 9, 'train' for 45: spread evenly over colours, shapes and directions."""
+    """'eval' for 18 of the 72 combinations, 'val' for 9, 'train' for 45: spread evenly over colours, shapes
+    and directions.
+    """
     c, s, d = attributes([prompt])[0].tolist()
     return {0: "eval", 4: "eval", 2: "val"}.get((c + 2 * s + 3 * d) % 8, "train")
 
 
 def embed_text(prompts, text_dim=32):
-    """Frozen word embeddings (B, TEXT_LEN, text_dim): each word is a normal vector seeded by its own letters."""
+    """Frozen word embeddings (B, TEXT_LEN, text_dim): each word is a normal vector seeded by its letters."""
     out = torch.zeros(len(prompts), TEXT_LEN, text_dim)
     for b, prompt in enumerate(prompts):
         for s, word in enumerate(prompt.lower().split()[:TEXT_LEN]):
@@ -216,22 +241,23 @@ RENDERERS = {
     "worn":    (.50, .45, .40, .30, .0, .10, .10, .10),
     "wild":    (.40, .40, .50, .20, .3, .40, .40, .40),
 }
-EDGES = torch.tensor([1.0, 3.0, 5.5, 8.0], dtype=torch.float64)     # px from full to none at a shape's border: 1 is sharp
+EDGES = torch.tensor([1.0, 3.0, 5.5, 8.0], dtype=torch.float64)     # px from full to none at a border: 1 is sharp
 RADII = torch.linspace(3.4, 5.4, 6, dtype=torch.float64)            # px, of the circle of the same area
 
 
 def gauges(centres):
-    """How far each pixel is from a centre, as each of the three shapes measures it: (..., 3, SIZE, SIZE) from (..., 2).
+    """How far each pixel is from a centre, as each of the three shapes measures it: (..., 3, SIZE, SIZE) from
+    (..., 2).
 
-    A shape of radius r is the set where its gauge is below r; all three then have the area of a circle of radius r, and
-    `(r - gauge) / edge + 0.5`, clipped to [0, 1], draws it with a soft edge.
+    A shape of radius r is the set where its gauge is below r; all three then have the area of a circle of
+    radius r, and `(r - gauge) / edge + 0.5`, clipped to [0, 1], draws it with a soft edge.
     """
     grid = torch.arange(SIZE, dtype=centres.dtype, device=centres.device)
     x = (grid - centres[..., :1])[..., None, :].expand(*centres.shape[:-1], SIZE, SIZE)
     y = (grid - centres[..., 1:])[..., :, None].expand(*centres.shape[:-1], SIZE, SIZE)
     circle = (x.square() + y.square()).sqrt()
     square = torch.maximum(x.abs(), y.abs()) / (np.pi**0.5 / 2)
-    triangle = torch.maximum(y, 3**0.5 / 2 * x.abs() - y / 2) / (np.pi / 27**0.5) ** 0.5   # equilateral, standing
+    triangle = torch.maximum(y, 3**0.5 / 2 * x.abs() - y / 2) / (np.pi / 27**0.5) ** 0.5    # equilateral
     return torch.stack([circle, square, triangle], dim=-3)
 
 
@@ -241,20 +267,21 @@ def draw(gauge, radius, edge):
 
 
 def render(wanted, defects, g):
-    """Videos (B, 3, FRAMES, SIZE, SIZE) in [-1, 1], float64, of the wanted attributes (B, 3) with defects (B, 8); g: generator."""
+    """Videos (B, 3, T, H, W) in [-1, 1], float64, of wanted attributes (B, 3) with defects (B, 8); g: generator."""
     B = len(wanted)
     uniform = lambda *shape: torch.rand(B, *shape, generator=g, dtype=torch.float64)
     blur, wash, jitter, stutter, teleport = (defects[:, i].double() for i in range(5))
     sizes = torch.tensor([len(COLOURS), len(SHAPES), len(DIRECTIONS)])
-    other = (wanted + 1 + (uniform(3) * (sizes - 1)).long()) % sizes                       # never the wanted one
+    other = (wanted + 1 + (uniform(3) * (sizes - 1)).long()) % sizes            # never the wanted one
     colour, shape, direction = torch.where(uniform(3) < defects[:, 5:], other, wanted).T
 
     # where: constant velocity through a point near the middle, then the flaws of motion
-    v = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float64)[direction] * (1.0 + 0.5 * uniform(1))    # px / frame
-    middle = (SIZE - 1) / 2 + (uniform(2) - 0.5) * (10 - 7 * v.abs().sign())               # +-1.5 px along, +-5 px across
+    v = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float64)[direction]
+    v = v * (1.0 + 0.5 * uniform(1))                                            # px / frame
+    middle = (SIZE - 1) / 2 + (uniform(2) - 0.5) * (10 - 7 * v.abs().sign())    # +-1.5 px along, +-5 px across
     clock = torch.arange(FRAMES, dtype=torch.float64).repeat(B, 1)
     held = uniform(FRAMES) < 0.6 * stutter[:, None]
-    for f in range(1, FRAMES):                                                             # a held frame repeats the last
+    for f in range(1, FRAMES):                                                  # a held frame repeats the last
         clock[:, f] = torch.where(held[:, f], clock[:, f - 1], clock[:, f])
     path = middle[:, None] + v[:, None] * (clock - (FRAMES - 1) / 2)[..., None]            # (B, T, 2)
     path = path + 1.5 * jitter[:, None, None] * torch.randn(B, FRAMES, 2, generator=g, dtype=torch.float64)
@@ -267,14 +294,16 @@ def render(wanted, defects, g):
     ink = torch.tensor(list(COLOURS.values()), dtype=torch.float64)[colour]
     ink = ink + 0.8 * wash[:, None] * (GREY - ink)
     radius = 3.8 + 1.2 * uniform(1)
-    gauge = gauges(path)[torch.arange(B), :, shape]                                        # (B, T, SIZE, SIZE)
+    gauge = gauges(path)[torch.arange(B), :, shape]                             # (B, T, SIZE, SIZE)
     mask = draw(gauge, radius[..., None, None], (1 + 7 * blur)[:, None, None, None])
     pixels = GROUND + mask[:, None] * (ink - GROUND)[:, :, None, None, None]
     return 2 * pixels - 1
 
 
 def flawed_videos(n, split, g):
-    """n videos of random renderers: (video (n, 3, T, H, W) in [-1, 1], prompts, renderer index (n,)); split None is every prompt."""
+    """n videos of random renderers: (video (n, 3, T, H, W) in [-1, 1], prompts, renderer index (n,)); split
+    None is every prompt.
+    """
     names = [p for p in PROMPTS if split in (None, split_of(p))]
     prompts = [names[i] for i in torch.randint(len(names), (n,), generator=g)]
     who = torch.randint(len(RENDERERS), (n,), generator=g)
@@ -282,7 +311,7 @@ def flawed_videos(n, split, g):
 
 
 def render_as(who, prompts, g):
-    """Videos of prompts by the renderers with index who (B,); each strength is drawn anew between half and all of its value."""
+    """Videos of prompts by the renderers who (B,); each strength is drawn between half and all of its value."""
     defects = torch.tensor(list(RENDERERS.values()), dtype=torch.float64)[who]
     defects[:, :5] *= 0.5 + 0.5 * torch.rand(len(who), 5, generator=g, dtype=torch.float64)
     return render(attributes(prompts), defects, g)
@@ -294,61 +323,65 @@ ORACLE_STD = (0.166, 0.327, 0.218)    # of VQ, MQ, TA over the flawed mixture: w
 
 
 def oracle(video, prompts, chunk=64):
-    """The true VQ, MQ and TA in [0, 1], (B, 3) fp32, measured from the pixels (B, 3, T, H, W) in [-1, 1] and the prompt alone.
+    """The true VQ, MQ and TA in [0, 1], (B, 3) fp32, measured from the pixels (B, 3, T, H, W) in [-1, 1] and
+    the prompt alone.
 
-    Each frame is compared with every shape of Shapes world drawn where the frame's light is: 3 shapes, 6 radii, 4 edge widths.
+    Each frame is compared with every shape of the world drawn where its light is: 3 shapes, 6 radii, 4 edge widths.
       presence  share of the frame's energy that the best of them explains (0 for nothing, near 0 for noise)
-      VQ        exp(-4 R), R the energy of what differs from the nearest flawless frame, relative to that frame's own
-      MQ        presence * smooth * moving * steady: distance from the best constant-velocity path, speed, equal frames
+      VQ        exp(-4 R), R the energy of the difference to the nearest flawless frame, over that frame's own
+      MQ        presence * smooth * moving * steady: near a constant-velocity path, at speed, with equal frames
       TA        presence * (colour + shape + direction) / 3, each the degree to which it is the prompted one
     """
-    return torch.cat([_oracle(video[i:i + chunk], prompts[i:i + chunk]) for i in range(0, len(video), chunk)]).float()
+    parts = [_oracle(video[i:i + chunk], prompts[i:i + chunk]) for i in range(0, len(video), chunk)]
+    return torch.cat(parts).float()
 
 
 def _oracle(video, prompts):
-    light = ((video.clamp(-1, 1).permute(0, 2, 1, 3, 4) + 1) / 2 - GROUND).contiguous()                 # (B, T, 3, H, W), 0 is ground
+    light = (video.clamp(-1, 1).transpose(1, 2) + 1) / 2 - GROUND               # (B, T, 3, H, W), 0 is ground
     energy = light.square().sum(2)                                                         # (B, T, H, W)
     total = energy.sum((2, 3)) + 1e-6                                                      # (B, T)
     grid = torch.arange(SIZE, dtype=video.dtype, device=video.device)
     weight = energy
-    for _ in range(3):                                                                     # centre of light, then near it
+    for _ in range(3):                                                          # centre of light, then near it
         mass = weight.sum((2, 3)) + 1e-6
-        centre = torch.stack([(weight.sum(2) * grid).sum(2), (weight.sum(3) * grid).sum(2)], dim=-1) / mass[..., None]
+        centre = torch.stack([(weight.sum(axis) * grid).sum(2) / mass for axis in (2, 3)], dim=-1)   # (B, T, 2)
         far = (grid - centre[..., :1]).square()[..., None, :] + (grid - centre[..., 1:]).square()[..., :, None]
         weight = energy * torch.exp(-far / 50)
 
     radii, edges = RADII.to(video), EDGES.to(video)
-    gauge = gauges(centre)[:, :, :, None, None]                                            # (B, T, 3, 1, 1, H, W)
-    masks = draw(gauge, radii[:, None, None, None], edges[:, None, None]).flatten(5)       # (B, T, 3, R, E, HW)
+    gauge = gauges(centre)[:, :, :, None, None]                                 # (B, T, 3, 1, 1, H, W)
+    masks = draw(gauge, radii[:, None, None, None], edges[:, None, None]).flatten(5)  # (B, T, 3, R, E, HW)
     power = masks.square().sum(-1)                                                         # (B, T, 3, R, E)
-    match = torch.einsum("btsrep,btcp->btsrec", masks, light.flatten(3))                   # (B, T, 3, R, E, 3)
+    match = torch.einsum("btsrep,btcp->btsrec", masks, light.flatten(3))        # (B, T, 3, R, E, 3)
     explained = match.square().sum(-1) / power / total[..., None, None, None]
     presence = explained.flatten(2).amax(2)                                                # (B, T)
     by_shape = explained.flatten(3).amax(3).mean(1)                                        # (B, 3)
 
     # colour: of the light under the best mask, its chroma against the six of the palette
     best = explained.flatten(2).argmax(2)
-    ink = (match / power[..., None]).flatten(2, 4).gather(2, best[..., None, None].expand(-1, -1, 1, 3))[:, :, 0]   # (B, T, 3)
+    pick = lambda y, i: y.gather(2, i[..., None, None].expand(-1, -1, 1, y.shape[-1]))[:, :, 0]
+    ink = pick((match / power[..., None]).flatten(2, 4), best)                  # (B, T, 3)
     palette = torch.tensor(list(COLOURS.values())).to(video)
     chroma, hues = ink - ink.mean(-1, keepdim=True), palette - palette.mean(-1, keepdim=True)
     likeness = F.cosine_similarity(chroma[..., None, :], hues, dim=-1, eps=0.05)           # (B, T, 6)
 
     # VQ: against the same shape drawn sharp, at its best radius, in the nearest colour of the palette
-    sharp = explained[..., 0].flatten(2).argmax(2)                                         # over (shape, radius)
-    mask = masks[..., 0, :].flatten(2, 3).gather(2, sharp[..., None, None].expand(-1, -1, 1, SIZE * SIZE))[:, :, 0]
+    sharp = explained[..., 0].flatten(2).argmax(2)                              # over (shape, radius)
+    mask = pick(masks[..., 0, :].flatten(2, 3), sharp)                          # (B, T, HW)
     clean = mask[:, :, None] * (palette - GROUND)[likeness.argmax(-1)][..., None]          # (B, T, 3, HW)
     R = (light.flatten(3) - clean).square().sum((2, 3)) / clean.square().sum((2, 3))
     vq = torch.exp(-4 * R).mean(1)
 
     # MQ: the path of the centre against its least-squares line
     f = torch.arange(FRAMES, dtype=video.dtype, device=video.device) - (FRAMES - 1) / 2
-    velocity = (centre * f[:, None]).sum(1) / f.square().sum()                             # (B, 2), px / frame
+    velocity = (centre * f[:, None]).sum(1) / f.square().sum()                  # (B, 2), px / frame
     off = centre - centre.mean(1, keepdim=True) - velocity[:, None] * f[:, None]
     smooth = torch.exp(-off.square().sum(-1).mean(1) / 0.8**2)
     speed = velocity.norm(dim=1)
     moving = ((speed - 0.2) / 0.5).clamp(0, 1)
     amount = light.sum((3, 4))                                                             # (B, T, 3)
-    change = (amount - amount.mean(1, keepdim=True)).norm(dim=-1).mean(1) / (amount.mean(1).norm(dim=-1) + 1e-6)
+    usual = amount.mean(1, keepdim=True)
+    change = (amount - usual).norm(dim=-1).mean(1) / (usual[:, 0].norm(dim=-1) + 1e-6)
     steady = torch.exp(-(change / 0.3).square())
     presence = presence.mean(1)
     mq = presence * smooth * moving * steady
@@ -366,9 +399,11 @@ def _oracle(video, prompts):
 
 @lru_cache
 def world_hash():
-    """Fingerprint of Shapes world: prompts, split, word embeddings, rendered pixels and oracle scores, to three decimals.
+    """Fingerprint of Shapes world: prompts, split, word embeddings, rendered pixels and oracle scores, to
+    three decimals.
 
-    It stands in the metadata of all weights trained on this world: change the world and they must be trained again.
+    It stands in the metadata of all weights trained on this world: change the world and they must be trained
+    again.
     """
     video, prompts, _ = flawed_videos(8, None, rng(0))
     parts = [PROMPTS, [split_of(p) for p in PROMPTS], ORACLE_STD] + [
@@ -379,13 +414,14 @@ def world_hash():
 def check_world(metadata, path):
     """Refuse weights that were trained on another Shapes world than this file's."""
     if metadata.get("world") != world_hash():
-        fail(f"{path} was trained on another Shapes world ({metadata.get('world')}, here {world_hash()}): train it again")
+        found = metadata.get("world")
+        fail(f"{path} was trained on another Shapes world ({found}, here {world_hash()}): train it again")
 
 
 # ---- Shapes world: annotators and preference pairs ----
 
 def overall(r, dim_w=(1, 1, 1)):
-    """Weighted mean (B,) of the three dimensions of normalised scores r (B, 3): the scalar reward. Sec. 5.2."""
+    """The scalar reward (...): weighted mean of normalised scores r (..., 3) over the dimensions. Sec. 5.2."""
     dim_w = torch.tensor(dim_w, dtype=r.dtype, device=r.device)
     return (r * dim_w).sum(-1) / dim_w.abs().sum()
 
@@ -396,11 +432,12 @@ def with_overall(score):
     return torch.cat([z, z.mean(1, keepdim=True)], dim=1)
 
 
-SHARPNESS = (1.5, 1.5, 1.5, 2.5)      # of the annotators, in logits per standard deviation: VQ, MQ, TA, Overall
+SHARPNESS = (1.5, 1.5, 1.5, 2.5)      # logits per standard deviation of the oracle, for VQ, MQ, TA, Overall
 
 
 def annotate(score_a, score_b, g, tie=5.0):
-    """Human labels (B, 4) for VQ, MQ, TA, Overall: +1 A, 0 same, -1 B, drawn from the oracle's margins by Rao-Kupper.
+    """Human labels (B, 4) for VQ, MQ, TA, Overall: +1 A, 0 same, -1 B, drawn from the oracle's margins by
+    Rao-Kupper.
 
     score_a, score_b: oracle scores (B, 3); g: generator. With these sharpnesses, 40 to 60 % are ties.
     """
@@ -410,7 +447,7 @@ def annotate(score_a, score_b, g, tie=5.0):
 
 
 def likert(score, g):
-    """One annotator's 1 to 5 points (B, 3) for videos with these oracle scores: half a point of noise, then whole points."""
+    """An annotator's 1 to 5 points for oracle scores (..., 3): half a point of noise, then whole points."""
     return (1 + 4 * score + 0.5 * torch.randn(score.shape, generator=g)).round().clamp(1, 5)
 
 
@@ -418,8 +455,8 @@ def likert(score, g):
 class Pairs:
     """n preference pairs: two videos of each prompt, uint8 (n, 2, 3, T, H, W), A first.
 
-    label (n, 4): VQ, MQ, TA, Overall as +1 A, 0 same, -1 B, nan unlabelled; score and mos (n, 2, 3): the oracle's scores and
-    Likert points of A and B.
+    label (n, 4): VQ, MQ, TA, Overall as +1 A, 0 same, -1 B, nan unlabelled; score and mos (n, 2, 3): the
+    oracle's scores and Likert points of A and B.
     """
     prompts: list
     videos: torch.Tensor
@@ -437,13 +474,16 @@ class Pairs:
 
 
 def toy_pairs(n, split, seed):
-    """n Pairs of Shapes world for the prompts of a split, A and B by two different renderers, labelled by the annotators."""
+    """n Pairs of Shapes world for the prompts of a split, A and B by two different renderers, labelled by the
+    annotators.
+    """
     g = rng("pairs", split, seed)
     names = [p for p in PROMPTS if split_of(p) == split]
     prompts = [names[i] for i in torch.randint(len(names), (n,), generator=g)]
     a = torch.randint(len(RENDERERS), (n,), generator=g)
     b = (a + torch.randint(1, len(RENDERERS), (n,), generator=g)) % len(RENDERERS)
-    videos = torch.stack([to_uint8(torch.cat([render_as(who[i:i + 256], prompts[i:i + 256], g) for i in range(0, n, 256)]))
+    parts = [slice(i, i + 256) for i in range(0, n, 256)]
+    videos = torch.stack([torch.cat([to_uint8(render_as(who[part], prompts[part], g)) for part in parts])
                           for who in (a, b)], dim=1)
     score = torch.stack([oracle(to_float(videos[:, k]), prompts) for k in (0, 1)], dim=1)
     return Pairs(prompts, videos, annotate(score[:, 0], score[:, 1], g), score, likert(score, g))
@@ -462,7 +502,8 @@ def to_float(video):
 
 
 def read_video(path, indices=None):
-    """(frames, fps): uint8 (T, H, W, 3) and the frame rate; indices: the frames wanted, ascending (all of them if None).
+    """(frames, fps): uint8 (T, H, W, 3) and the frame rate; indices: the frames wanted, ascending (all of
+    them if None).
 
     Decoding stops after the last one wanted. ValueError names a file that cannot be read or is too short.
     """
@@ -489,27 +530,31 @@ def read_video(path, indices=None):
 
 
 def write_video(path, video, fps):
-    """Write an mp4 (H.264) from a float video (3, T, H, W) in [-1, 1] or uint8 frames (T, H, W, 3); even height and width."""
+    """Write an mp4 (H.264) from a video (3, T, H, W) in [-1, 1] or uint8 frames (T, H, W, 3), even in H and W."""
     import av
-    frames = np.asarray(video) if np.asarray(video).dtype == np.uint8 else to_uint8(video).permute(1, 2, 3, 0).cpu().numpy()
-    T, H, W, _ = frames.shape
+    if torch.is_tensor(video):
+        video = video if video.dtype == torch.uint8 else to_uint8(video).permute(1, 2, 3, 0)
+        video = video.cpu().numpy()
+    T, H, W, _ = video.shape
     assert H % 2 == 0 and W % 2 == 0, f"H.264 needs even sides, not {H} x {W}"
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=int(round(fps)), options={"crf": "12"})
         stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        for frame in video:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
 def contact_sheet(path, rows, height=48, max_frames=8):
-    """Write a PNG: rows of cells, each a (caption, video (3, T, H, W) in [-1, 1]) shown as a strip of its frames over the caption."""
+    """Write a PNG of rows of cells (caption, video (3, T, H, W) in [-1, 1]): strips of frames over their captions."""
     from PIL import Image, ImageDraw
     strips = []
     for row in rows:
         for caption, video in row:
             frames = to_uint8(video).permute(1, 2, 3, 0)                                   # (T, H, W, 3)
-            frames = frames[np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round()].cpu().numpy()
+            some = np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round()
+            frames = frames[some].cpu().numpy()
             strips.append((caption, Image.fromarray(np.concatenate(frames, axis=1))))
     scale = height / strips[0][1].height
     width = max(int(max(strip.width for _, strip in strips) * scale), 200) + 12
@@ -529,10 +574,11 @@ def caption_of(score):
 
 
 if __name__ == "__main__":
-    prompts = PROMPTS[::6]                                                                 # 12 of them, one for each renderer
+    prompts = PROMPTS[::6]                                                      # 12 of them, one for each renderer
     bad = render_as(torch.arange(len(RENDERERS)), prompts, rng(0)).float()
     good = render(attributes(prompts), torch.zeros(len(prompts), len(DEFECTS)), rng(0)).float()
-    contact_sheet("shapes.png", [
-        [(f"{name}: {prompt}  {caption_of(b)}", x), (f"flawless  {caption_of(g)}", y)]
-        for name, prompt, b, x, g, y in zip(RENDERERS, prompts, oracle(bad, prompts), bad, oracle(good, prompts), good)])
-    print("wrote shapes.png: the twelve renderers and the same prompts without flaws, with their oracle scores")
+    cells = [(RENDERERS, bad, oracle(bad, prompts)), (["flawless"] * len(prompts), good, oracle(good, prompts))]
+    contact_sheet("shapes.png", list(zip(*[[(f"{name}: {prompt}  {caption_of(score)}", video)
+                                       for name, prompt, video, score in zip(names, prompts, videos, scores)]
+                                      for names, videos, scores in cells])))
+    print("wrote shapes.png: the twelve renderers, and the same prompts without flaws, with their oracle scores")

@@ -1,16 +1,17 @@
-"""The rectified-flow video DiT (Wan 2.1's text-to-video architecture), its attention, LoRA, loading and saving weights.
+"""The rectified-flow video DiT (Wan 2.1's text-to-video architecture), its attention, LoRA and weights.
 
     python model.py                  a table of the presets: parameters, width, and the toy's speed here
 
-VideoDiT predicts the velocity v = eps - x0 from xt = (1 - t) x0 + t eps (t = 0 is data, t = 1 is noise; losses.py).
-Modules carry the official Wan names (`blocks.0.self_attn.q`, ...), so official weights load without renaming; the toy is
-a small Config of the same classes. Only torch is needed; safetensors is imported where a file is read or written.
+VideoDiT predicts the velocity v = eps - x0 from xt = (1 - t) x0 + t eps (t = 0 is data, t = 1 is noise;
+losses.py). Modules carry the official Wan names (`blocks.0.self_attn.q`, ...), so official weights load
+without renaming; the toy is a small Config of the same classes. Only torch is needed; safetensors is imported
+where a file is read or written.
 """
 import json
 import math
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,31 +37,32 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw):
-        """The Config in a config.json, by diffusers' keys or by official Wan's. ValueError for another architecture."""
-        kind = raw.get("_class_name", ""), raw.get("model_type", "t2v")
-        if kind[0] not in ("", "WanModel", "WanTransformer3DModel") or kind[1] != "t2v" or raw.get("image_dim") or raw.get("added_kv_proj_dim"):
-            raise ValueError(f"only Wan 2.1 text-to-video models are supported, not {kind[0]} {kind[1]}{' with image input' * bool(raw.get('image_dim'))}")
-        if "attention_head_dim" in raw:
-            raw = {**raw, **{ours: raw[theirs] for ours, theirs in DIFFUSERS_CONFIG.items()}, "dim": raw["num_attention_heads"] * raw["attention_head_dim"]}
-        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
-        config = cls(**{**known, "patch_size": tuple(raw.get("patch_size", cls.patch_size))})
-        if (out := raw.get("out_channels", raw.get("out_dim")) or config.in_dim) != config.in_dim:
-            raise ValueError(f"only Wan 2.1 text-to-video models are supported, not one with {config.in_dim} channels in and {out} out")
-        return config
+        """The Config in a config.json of diffusers or of official Wan; ValueError for another architecture."""
+        if "attention_head_dim" in raw:                                         # diffusers' keys
+            raw = raw | {ours: raw[theirs] for ours, theirs in DIFFUSERS_CONFIG.items()}
+            raw["dim"] = raw["num_heads"] * raw["attention_head_dim"]
+        config = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
+        allowed = {"_class_name": ("WanModel", "WanTransformer3DModel"), "model_type": ("t2v",), "image_dim": (None,),
+                   "out_channels": (None, config.in_dim), "out_dim": (None, config.in_dim)}
+        for key, values in allowed.items():
+            if raw.get(key, values[0]) not in values:
+                raise ValueError(f"only Wan 2.1 text-to-video models are supported, not {key} = {raw[key]}")
+        return replace(config, patch_size=tuple(config.patch_size))
 
     def to_diffusers(self):
         """The config.json of diffusers' WanTransformer3DModel."""
         own = {theirs: getattr(self, ours) for ours, theirs in DIFFUSERS_CONFIG.items()}
-        return {"_class_name": "WanTransformer3DModel", **own, "attention_head_dim": self.dim // self.num_heads, "out_channels": self.in_dim,
-                "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024}
+        return {"_class_name": "WanTransformer3DModel", **own, "attention_head_dim": self.dim // self.num_heads,
+                "out_channels": self.in_dim, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
 
 
-DIFFUSERS_CONFIG = {"patch_size": "patch_size", "in_dim": "in_channels", "ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "text_dim": "text_dim",
-                    "num_heads": "num_attention_heads", "num_layers": "num_layers", "eps": "eps"}
+DIFFUSERS_CONFIG = {"in_dim": "in_channels", "num_heads": "num_attention_heads"} | {
+    name: name for name in ("patch_size", "ffn_dim", "freq_dim", "text_dim", "num_layers", "eps")}
 
 
 PRESETS = {
-    "toy": Config(patch_size=(2, 4, 4), in_dim=3, dim=160, ffn_dim=320, freq_dim=128, text_dim=32, num_heads=5, num_layers=6),
+    "toy": Config(patch_size=(2, 4, 4), in_dim=3, dim=160, ffn_dim=320, freq_dim=128, text_dim=32, num_heads=5,
+                  num_layers=6),
     "wan-1.3b": Config(),
     "wan-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }
@@ -71,8 +73,8 @@ PRESETS = {
 def time_sinusoid(t, width):
     """Sinusoidal features of t in [0, 1], (B, width) fp32: cosines, then sines.
 
-    The only place where t is multiplied by 1000. In fp32 and by exp, as diffusers computes it; official Wan does it in
-    fp64, which moves the model's output by about 2e-5.
+    The only place where t is multiplied by 1000. In fp32 and by exp, as diffusers computes it; official Wan
+    does it in fp64, which moves the model's output by about 2e-5.
     """
     half = width // 2
     freqs = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
@@ -84,8 +86,8 @@ def time_sinusoid(t, width):
 def rotary(grid, head_dim, device):
     """Cosines and sines of the 3-D rotary angles of a token grid (T, H, W), each (L, head_dim / 2) fp32.
 
-    The head is split between time, rows and columns as in Wan: a third (rounded down to even) each for rows and columns,
-    time takes the rest. Angles are built in fp64 and kept per grid.
+    The head is split between time, rows and columns as in Wan: a third (rounded down to even) each for rows
+    and columns, time takes the rest. Angles are built in fp64 and kept per grid.
     """
     space = 2 * (head_dim // 6)
     angles = []
@@ -106,16 +108,16 @@ def rotate(x, cos, sin):
 # ---- the transformer ----
 
 class Attention(nn.Module):
-    """Multi-head attention with RMS-normed q and k: over x itself with rotary positions, or over a text context without."""
+    """Multi-head attention with RMS-normed q and k: of x to itself, with rotary positions, or to a text."""
 
     def __init__(self, dim, num_heads, eps):
         super().__init__()
         self.num_heads = num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)   # over all heads at once, as Wan
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)   # over all heads, as Wan
 
     def forward(self, x, context=None, rope=None):
-        """(B, L, D) from x (B, L, D) and, for cross-attention, context (B, S, D). Wan masks nothing: zero-padded text is seen."""
+        """(B, L, D) from x (B, L, D) and, across, context (B, S, D). As in Wan, zero-padded text is not masked."""
         context = x if context is None else context
         heads = lambda y: y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)   # (B, heads, L, head_dim)
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
@@ -133,6 +135,11 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
 
 
+def mlp(d_in, d_hidden, d_out, activation):
+    """Linear, activation, linear; the linear maps are modules 0 and 2, as in Wan."""
+    return nn.Sequential(nn.Linear(d_in, d_hidden), activation, nn.Linear(d_hidden, d_out))
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the text and feed-forward; time enters by a six-way modulation."""
 
@@ -140,15 +147,16 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.self_attn = Attention(c.dim, c.num_heads, c.eps)
-        self.norm3 = LayerNorm(c.dim, c.eps)                                     # Wan's numbering: norm3 is before the text
+        self.norm3 = LayerNorm(c.dim, c.eps)                                     # Wan's number for the text's norm
         self.cross_attn = Attention(c.dim, c.num_heads, c.eps)
         self.norm2 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.ffn = mlp(c.dim, c.ffn_dim, c.dim, nn.GELU(approximate="tanh"))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
 
     def forward(self, x, e, text, rope):
-        """(B, L, D) from x (B, L, D), time e (B, 6, D) fp32, text (B, S, D). Norms, modulation and gates are fp32."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).chunk(6, dim=1)   # (B, 1, D) each
+        """(B, L, D) from x (B, L, D), time e (B, 6, D), text (B, S, D). Norms, modulation, gates are fp32."""
+        e = self.modulation.float() + e
+        shift1, scale1, gate1, shift2, scale2, gate2 = e.chunk(6, dim=1)         # (B, 1, D) each
         y = self.self_attn((self.norm1(x) * (1 + scale1) + shift1).type_as(x), rope=rope)
         x = (x.float() + y * gate1).type_as(x)
         x = x + self.cross_attn(self.norm3(x).type_as(x), text)
@@ -171,21 +179,21 @@ class Head(nn.Module):
 
 
 class VideoDiT(nn.Module):
-    """Wan 2.1's text-to-video transformer: velocity v of a noisy latent video xt at time t, given a prompt embedding."""
+    """Wan 2.1's text-to-video transformer: the velocity v of a noisy latent video xt at time t, given a prompt."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, kernel_size=c.patch_size, stride=c.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim))
-        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.text_embedding = mlp(c.text_dim, c.dim, c.dim, nn.GELU(approximate="tanh"))
+        self.time_embedding = mlp(c.freq_dim, c.dim, c.dim, nn.SiLU())
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.head = Head(c)
         self.init_weights()
 
     def init_weights(self):
-        """Xavier for linear maps, small normals for the text and time embeddings, a zero head: the first prediction is v = 0."""
+        """Xavier for linear maps, small normals for text and time embeddings, a zero head: first it says v = 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -199,7 +207,8 @@ class VideoDiT(nn.Module):
     def forward(self, xt, t, text, depth=None):
         """Velocity like xt (B, C, T, H, W), from t (B,) in [0, 1] and text (B, S, text_dim).
 
-        With depth=k, the hidden states (B, L, D) after the first k blocks instead. T, H and W must be multiples of the patch.
+        With depth=k, the hidden states (B, L, D) after the first k blocks instead. T, H and W must be
+        multiples of the patch.
         """
         x = self.patch_embedding(xt)                                             # (B, D, T', H', W')
         grid = tuple(x.shape[2:])
@@ -220,34 +229,36 @@ class VideoDiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=None):
-        """The model in a folder or hub repository: diffusers' Wan 2.1 (or its transformer/) or the official layout.
+        """The model in a folder or hub repository, in diffusers' layout (or its transformer/) or official Wan's.
 
-        dtype None keeps the file's own. Tensors are mapped from the file and assigned, so there is never a second copy. ValueError
-        names missing, unexpected and misshapen weights, and an architecture other than text-to-video.
+        dtype None keeps the file's own. Tensors are mapped from the file and assigned, so there is never a
+        second copy. ValueError names missing, unexpected and misshapen weights, and an architecture other
+        than text-to-video.
         """
         folder = Path(path)
         if not folder.exists():
             from huggingface_hub import snapshot_download
-            folder = Path(snapshot_download(str(path), allow_patterns=["model_index.json", "*config.json", "*diffusion_pytorch_model*"]))
+            wanted = ["config.json", "diffusion_pytorch_model*", "transformer/*"]
+            folder = Path(snapshot_download(str(path), allow_patterns=wanted))
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
         files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
         if not files or not (folder / "config.json").exists():
             raise ValueError(f"{path} holds no config.json with diffusion_pytorch_model*.safetensors")
         with torch.device("meta"):
             model = cls(Config.from_dict(json.loads((folder / "config.json").read_text())))
-        tensors = {to_official(k): v if dtype is None else v.to(dtype) for file in files for k, v in read_tensors(file)[0].items()}
-        load_strict(model, tensors, folder)
+        tensors = {to_official(k): v for file in files for k, v in read_tensors(file)[0].items()}
+        load_strict(model, tensors if dtype is None else {k: v.to(dtype) for k, v in tensors.items()}, folder)
         return model
 
     def save_pretrained(self, folder, metadata=None, dtype=None):
-        """Write config.json and diffusion_pytorch_model.safetensors as diffusers' WanTransformer3DModel reads them; dtype None keeps it."""
+        """Write the folder that diffusers' WanTransformer3DModel reads; dtype None keeps the model's own."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "config.json").write_text(json.dumps(self.config.to_diffusers(), indent=1))
         tensors = {to_diffusers(k): v if dtype is None else v.to(dtype) for k, v in self.state_dict().items()}
         save_tensors(tensors, Path(folder) / "diffusion_pytorch_model.safetensors", metadata)
 
     def compile_blocks(self):
-        """torch.compile, block by block and in place: one compilation serves all blocks and parameter names stay."""
+        """torch.compile, block by block and in place: one compilation serves all, parameter names stay."""
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -267,11 +278,13 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
-        return y + self.scale * F.linear(F.linear(x, self.lora_A.type_as(x)), self.lora_B.type_as(x)) if self.enabled else y
+        if self.enabled:
+            y = y + self.scale * F.linear(F.linear(x, self.lora_A.type_as(x)), self.lora_B.type_as(x))
+        return y
 
 
 def add_lora(model, rank, alpha, targets=("q", "k", "v", "o")):
-    """Freeze the model and put adapters on every linear layer of its blocks whose last name is a target; returns the model."""
+    """Freeze the model and put adapters on the linear layers of its blocks with these names; returns the model."""
     model.requires_grad_(False)
     for parent in list(model.blocks.modules()):
         for name, child in list(parent.named_children()):
@@ -282,7 +295,7 @@ def add_lora(model, rank, alpha, targets=("q", "k", "v", "o")):
 
 @contextmanager
 def lora_disabled(model):
-    """Inside, the adapters are off: the model is bitwise its base, which is the reference policy of Flow-DPO."""
+    """Inside, the adapters are off: the model is bitwise its base, the reference policy of Flow-DPO."""
     adapters = [m for m in model.modules() if isinstance(m, LoRALinear)]
     for m in adapters:
         m.enabled = False
@@ -296,8 +309,8 @@ def lora_disabled(model):
 def save_lora(model, path, metadata=None):
     """Write the adapters as `diffusion_model.<official name>.lora_{A,B}.weight`, alpha / rank folded into B.
 
-    Folded, because many loaders drop a separate alpha in silence; the prefix and names are what ComfyUI, diffusers and
-    DiffSynth read. fp32, contiguous; metadata: strings for the file's header.
+    Folded, because many loaders drop a separate alpha in silence; the prefix and names are what ComfyUI,
+    diffusers and DiffSynth read. fp32, contiguous; metadata: strings for the file's header.
     """
     tensors = {}
     for name, m in model.named_modules():
@@ -308,14 +321,14 @@ def save_lora(model, path, metadata=None):
 
 
 def load_lora(model, path):
-    """Add the adapters of a file in save_lora's format to the model; returns the model. ValueError names a layer it lacks."""
+    """Add the adapters of a file in save_lora's format; returns the model. ValueError names a layer it lacks."""
     tensors, _ = read_tensors(path)
     model.requires_grad_(False)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
         A, B = tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")]
         name = key.removeprefix("diffusion_model.").removesuffix(".lora_A.weight")
-        if name not in linears or (linears[name].out_features, linears[name].in_features) != (len(B), A.shape[1]):
+        if name not in linears or linears[name].weight.shape != (len(B), A.shape[1]):
             raise ValueError(f"{path}: the model has no linear layer {name} of shape ({len(B)}, {A.shape[1]})")
         adapter = LoRALinear(linears[name], len(A), len(A))
         with torch.no_grad():
@@ -327,17 +340,27 @@ def load_lora(model, path):
 
 # ---- weights ----
 
-# Official Wan names and diffusers' names, inside a block and outside; used both ways. Note norm3, which is diffusers' norm2.
-BLOCK_NAMES = {f"{wan}.{a}": f"{diffusers}.{b}" for wan, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-               for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k"))}
-BLOCK_NAMES |= {"norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "modulation": "scale_shift_table"}
-OUTER_NAMES = {"text_embedding.0": "condition_embedder.text_embedder.linear_1", "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-               "time_embedding.0": "condition_embedder.time_embedder.linear_1", "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-               "time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out", "head.modulation": "scale_shift_table"}
+# Official Wan names and diffusers' names of modules, inside a block and outside; used both ways.
+BLOCK_NAMES = {
+    "self_attn.q": "attn1.to_q", "self_attn.k": "attn1.to_k", "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0", "self_attn.norm_q": "attn1.norm_q", "self_attn.norm_k": "attn1.norm_k",
+    "cross_attn.q": "attn2.to_q", "cross_attn.k": "attn2.to_k", "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0", "cross_attn.norm_q": "attn2.norm_q", "cross_attn.norm_k": "attn2.norm_k",
+    "norm3": "norm2",                                                           # the text's norm has another number
+    "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "modulation": "scale_shift_table",
+}
+OUTER_NAMES = {
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out", "head.modulation": "scale_shift_table",
+}
 
 
 def rename(key, outer, block):
-    """The parameter name key with its module, a key of the dict outer (or of block, inside a block), replaced by the value."""
+    """The parameter name key with its module's name looked up in outer or, inside a block, in block."""
     head, names = (".".join(key.split(".")[:2]) + ".", block) if key.startswith("blocks.") else ("", outer)
     rest = key[len(head):]
     for old, new in names.items():
@@ -357,9 +380,10 @@ def to_official(key):
 
 
 def save_tensors(tensors, path, metadata=None):
-    """Write a dict of tensors as safetensors, to a temporary name and then renamed, so that no reader meets half a file."""
+    """Write tensors as safetensors, to a temporary name and then renamed: no reader meets half a file."""
     from safetensors.torch import save_file
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, f"{path}.tmp", {"format": "pt", **(metadata or {})})
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(tensors, f"{path}.tmp", {"format": "pt", **(metadata or {})})
     os.replace(f"{path}.tmp", path)
 
 
@@ -374,12 +398,14 @@ def read_tensors(path):
 
 
 def load_strict(module, tensors, path):
-    """Give the module these tensors as its own. ValueError names what is missing, unexpected or of another shape."""
+    """Give the module these tensors as its own. ValueError names the missing, unexpected and misshapen."""
     own = module.state_dict()
-    odd = [f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in own] + [
-        f"{k} is {tuple(tensors[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in tensors and tensors[k].shape != own[k].shape]
+    odd = [f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in own]
+    odd += [f"{k} is {tuple(tensors[k].shape)}, not {tuple(v.shape)}" for k, v in own.items()
+            if k in tensors and tensors[k].shape != v.shape]
     if odd:
-        raise ValueError(f"{path} does not fit the model: {'; '.join(odd[:3])}{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}")
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise ValueError(f"{path} does not fit the model: {'; '.join(odd[:3])}{more}")
     module.load_state_dict(tensors, assign=True)
 
 
@@ -393,4 +419,5 @@ if __name__ == "__main__":
     toy, tic = VideoDiT(PRESETS["toy"]), time.time()
     for _ in range(3):
         toy(torch.randn(24, 3, 8, 24, 24), torch.rand(24), torch.randn(24, 8, 32)).square().mean().backward()
-    print(f"toy: {(time.time() - tic) / 3:.2f} s for a forward and backward of 24 videos, {torch.get_num_threads()} threads")
+    seconds = (time.time() - tic) / 3
+    print(f"toy: {seconds:.2f} s for a forward and backward of 24 videos, {torch.get_num_threads()} threads")

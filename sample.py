@@ -1,12 +1,12 @@
 """Euler sampling, classifier-free guidance and Flow-NRG; writes videos; win rates.
 
-    python sample.py --prompt "a red circle moving left"                                         videos of the base model
+    python sample.py --prompt "a red circle moving left"                         videos of the base model
     python sample.py --ckpt runs/dpo --prompt "a red circle moving left" --nrg assets/noisy --dim_w 0.5,0.5,0
-    python sample.py --nrg assets/noisy --dim_w 0,0,1 --eval 512 --out runs/nrg_ta               win rates of guidance
-    python sample.py --compare runs/sft runs/rwr runs/dpo                                        one table, one picture
+    python sample.py --nrg assets/noisy --dim_w 0,0,1 --eval 512                 win rates of guidance
+    python sample.py --compare runs/sft runs/rwr runs/dpo                        one table, one picture
 
-A velocity is a function of (x, t), t a number; cfg and nrg take velocities and return one. Sampling runs from t = 1 (noise)
-to t = 0 (data): x <- x - (t - t_next) v.
+A velocity is a function of (x, t), t a number; cfg and nrg take velocities and return one. Sampling runs from
+t = 1 (noise) to t = 0 (data): x <- x - (t - t_next) v.
 """
 import json
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (DIMS, FPS, FRAMES, PROMPTS, SIZE, attributes, caption_of, check_out, check_world, contact_sheet, embed_text, fail, find,
-                  oracle, overall, parse_args, rng, split_of, start_run, to_float, to_uint8, with_overall, write_json, write_video)
+from data import (DIMS, FPS, FRAMES, PROMPTS, SIZE, attributes, caption_of, check_out, check_world, contact_sheet,
+                  embed_text, fail, find, oracle, overall, parse_args, rng, split_of, start_run, to_float, to_uint8,
+                  with_overall, write_json, write_video)
 from model import VideoDiT, load_lora, read_tensors, save_tensors
 from reward import LatentReward, score_clean
 
@@ -34,7 +35,9 @@ def timesteps(n, shift=1.0):
 
 
 def euler(velocity, eps, ts, progress=False):
-    """x at the last of the decreasing times ts, from noise eps at the first: x <- x - (t - t_next) velocity(x, t). App. C."""
+    """x at the last of the decreasing times ts, from noise eps at the first: x <- x - (t - t_next)
+    velocity(x, t). App. C.
+    """
     x = eps
     for t, t_next in tqdm(list(zip(ts[:-1], ts[1:])), desc="sampling", disable=not progress):
         x = x - (t - t_next) * velocity(x, t)
@@ -52,12 +55,12 @@ def cfg(velocity, velocity_null, scale):
 def nrg(velocity, reward, rg_scale, dim_w=(1.0, 1.0, 1.0), max_ratio=float("inf"), ratios=None):
     """Flow-NRG: v - rg_scale t / (1 - t) grad_x sum_k dim_w_k r_k(x, t). Eq. 11 and App. C.
 
-    reward(x, t): normalised scores (B, K) of the noisy x, differentiable. The minus sign raises r, because sampling steps
-    along -v. The gradient is of the sum over the batch, so that no sample depends on its neighbours, and in fp32. At t = 1
-    the factor is infinite and guidance is skipped, as in the paper.
-    max_ratio: each sample's guidance is shortened to at most this multiple of its velocity's norm (not in the paper: a reward
-    trained with shared noise has a gradient that grows like 1 / (1 - t), see README). ratios: a list that receives, per
-    step, the mean of the unshortened ratio.
+    reward(x, t): normalised scores (B, K) of the noisy x, differentiable. The minus sign raises r, because
+    sampling steps along -v. The gradient is of the sum over the batch, so that no sample depends on its
+    neighbours, and in fp32. At t = 1 the factor is infinite and guidance is skipped, as in the paper.
+    max_ratio: each sample's guidance is shortened to at most this multiple of its velocity's norm (not in the
+    paper: a reward trained with shared noise has a gradient that grows like 1 / (1 - t), see README). ratios:
+    a list that receives, per step, the mean of the unshortened ratio.
     """
     def guided(x, t):
         v = velocity(x, t)
@@ -96,18 +99,21 @@ def load_model(path):
 @torch.no_grad()
 def generate(model, prompts, seed, steps=16, shift=3.0, cfg_scale=1.0, reward=None, rg_scale=1.0, dim_w=(1, 1, 1),
              max_ratio=float("inf"), ratios=None, batch=64):
-    """Videos (n, 3, T, H, W) in [-1, 1] on the CPU for n prompts; the noise of the i-th is a function of (seed, i)."""
+    """Videos (n, 3, T, H, W) in [-1, 1], on the CPU, of n prompts; the i-th noise is a function of (seed, i)."""
     device = next(model.parameters()).device
     videos, ts = [], timesteps(steps, shift)
     for i in tqdm(range(0, len(prompts), batch), desc="sampling", leave=False):
         part = prompts[i:i + batch]
         text = embed_text(part).to(device)
-        eps = torch.stack([torch.randn(3, FRAMES, SIZE, SIZE, generator=rng("eval", seed, i + j)) for j in range(len(part))]).to(device)
-        velocity = lambda x, t: model(x, t.to(x).expand(len(x)), text)
+        noise = [rng("eval", seed, i + j) for j in range(len(part))]
+        eps = torch.stack([torch.randn(3, FRAMES, SIZE, SIZE, generator=g) for g in noise]).to(device)
+        at = lambda x, t: t.to(x).expand(len(x))                                # one time for the whole batch
+        velocity = lambda x, t: model(x, at(x, t), text)
         if cfg_scale != 1:
-            velocity = cfg(velocity, lambda x, t: model(x, t.to(x).expand(len(x)), torch.zeros_like(text)), cfg_scale)
+            velocity = cfg(velocity, lambda x, t: model(x, at(x, t), torch.zeros_like(text)), cfg_scale)
         if reward is not None:
-            velocity = nrg(velocity, lambda x, t: reward.score(x, t.to(x).expand(len(x)), text), rg_scale, dim_w, max_ratio, ratios)
+            r = lambda x, t: reward.score(x, at(x, t), text)
+            velocity = nrg(velocity, r, rg_scale, dim_w, max_ratio, ratios)
         videos.append(euler(velocity, eps, ts).clamp(-1, 1).cpu())
     return torch.cat(videos)
 
@@ -121,15 +127,17 @@ def eval_prompts(n, split="eval"):
 
 
 def win_rate(r, r_start):
-    """Share of the samples (n,) with r > r_start; exact ties are dropped, as in the paper's numbers. 0.5 if nothing is left."""
+    """Share of samples (n,) with r > r_start, exact ties dropped as in the paper's numbers; 0.5 if none is left."""
     wins, losses = (r > r_start).sum().item(), (r < r_start).sum().item()
     return wins / (wins + losses) if wins + losses else 0.5
 
 
 def evaluate(videos, start, prompts, reward=None, dim_w=(1, 1, 1)):
-    """Win rates of videos over start, made from the same noise: by the oracle, and by the reward that labelled the pairs.
+    """Win rates of videos over start, made from the same noise: by the oracle, and by the reward that
+    labelled the pairs.
 
-    Returns {"win_rate": {"VQ", "MQ", "TA", "Overall"}, "win_rate_reward": ditto, "oracle": mean scores, "oracle_start", "n"}.
+    Returns {"win_rate": {"VQ", "MQ", "TA", "Overall"}, "win_rate_reward": ditto, "oracle": mean scores,
+    "oracle_start", "n"}.
     """
     names, result = (*DIMS, "Overall"), {}
     score, score_start = oracle(videos, prompts), oracle(start, prompts)
@@ -146,14 +154,16 @@ def evaluate(videos, start, prompts, reward=None, dim_w=(1, 1, 1)):
 
 
 def report(run, result, prompts, videos, start):
-    """Print a result of evaluate as a table; write eval.json, samples.safetensors and samples.png into the run folder."""
+    """Print a result of evaluate; write eval.json, samples.safetensors and samples.png into the run folder."""
     write_json(run / "eval.json", result)
     keep = min(12, len(prompts))
-    save_tensors({"videos": to_uint8(videos[:keep]), "start": to_uint8(start[:keep])}, run / "samples.safetensors",
-                 {"prompts": json.dumps(prompts[:keep])})
-    score, score_start = oracle(videos[:keep], prompts[:keep]), oracle(start[:keep], prompts[:keep])
-    contact_sheet(run / "samples.png", [[(f"start: {prompts[i]}  {caption_of(score_start[i])}", start[i]),
-                                         (f"{run.name}:  {caption_of(score[i])}", videos[i])] for i in range(min(8, keep))])
+    prompts, videos, start = prompts[:keep], videos[:keep], start[:keep]
+    save_tensors({"videos": to_uint8(videos), "start": to_uint8(start)}, run / "samples.safetensors",
+                 {"prompts": json.dumps(prompts)})
+    rows = zip(prompts, start, oracle(start, prompts), videos, oracle(videos, prompts))
+    contact_sheet(run / "samples.png", [[(f"start: {prompt}  {caption_of(score_a)}", a),
+                                         (f"{run.name}:  {caption_of(score_b)}", b)]
+                                        for prompt, a, score_a, b, score_b in rows])
     print(table({run.name: result}))
 
 
@@ -164,19 +174,21 @@ def table(results):
     for run, result in results.items():
         for judge, key in (("oracle", "win_rate"), ("reward", "win_rate_reward")):
             if key in result:
-                lines.append(f"| {run} | {judge} | " + " | ".join(f"{100 * result[key][d]:.1f} %" for d in names) + f" | {result['n']} |")
+                rates = " | ".join(f"{100 * result[key][dim]:.1f} %" for dim in names)
+                lines.append(f"| {run} | {judge} | {rates} | {result['n']} |")
     return "\n".join(lines)
 
 
 def compare(runs, out):
-    """Print one table of the runs' win rates and draw their first samples side by side, the start model's in front."""
+    """Print one table of the runs' win rates; draw their first samples side by side, after the start model's."""
     folders = [find(run, "eval.json") for run in runs]
     print(table({folder.name: json.loads((folder / "eval.json").read_text()) for folder in folders}))
     samples = [read_tensors(folder / "samples.safetensors") for folder in folders]
     prompts = json.loads(samples[0][1]["prompts"])
-    columns = [("start", samples[0][0]["start"])] + [(folder.name, s["videos"]) for folder, (s, _) in zip(folders, samples)]
-    contact_sheet(out, [[(f"{name}: {prompts[i]}" if c == 0 else name, to_float(v[i])) for c, (name, v) in enumerate(columns)]
-                        for i in range(min(6, len(prompts)))], max_frames=4)
+    columns = [("start", samples[0][0]["start"])]
+    columns += [(folder.name, tensors["videos"]) for folder, (tensors, _) in zip(folders, samples)]
+    contact_sheet(out, [[(name if k else f"{name}: {prompt}", to_float(videos[i])) for k, (name, videos) in enumerate(columns)]
+                        for i, prompt in enumerate(prompts[:6])], max_frames=4)
     print(f"wrote {out}")
 
 
@@ -196,7 +208,7 @@ class Args:
     max_ratio: float = 1.0                  # longest guidance, in velocity norms
     seed: int = 0                           # of the noise
     eval: int = 0                           # instead of writing videos, win rates on this many held-out draws
-    against: str = ""                       # with --eval: the run to beat; unset, the same model without guidance
+    against: str = ""                       # with --eval: the run to beat; unset, the same one unguided
     split: str = "eval"                     # with --eval: prompts to draw, eval or val
     compare: list = ()                      # run folders to compare by their eval.json; nothing is sampled
     out: str = "runs/sample"                # folder for the results
@@ -222,12 +234,13 @@ def main(args):
     for module in (model, start, reward):
         module is not None and module.to(device)
     run, ratios = start_run(args, device), []
-    prompts = eval_prompts(args.eval, args.split) if args.eval else [p for p in args.prompt for _ in range(args.n)]
+    prompts = [p for p in args.prompt for _ in range(args.n)] or eval_prompts(args.eval, args.split)
     settings = dict(seed=args.seed, steps=args.steps, shift=args.shift, cfg_scale=args.cfg)
     videos = generate(model, prompts, **settings, reward=reward, rg_scale=args.rg_scale, dim_w=args.dim_w,
                       max_ratio=args.max_ratio, ratios=ratios)
     if ratios:
-        print("guidance / velocity, by step:", " ".join(f"{np.mean(ratios[k::args.steps - 1]):.2f}" for k in range(args.steps - 1)))
+        by_step = [np.mean(ratios[k::args.steps - 1]) for k in range(args.steps - 1)]
+        print("guidance / velocity, by step:", " ".join(f"{ratio:.2f}" for ratio in by_step))
     if args.eval:
         start_videos = generate(start, prompts, **settings)
         result = evaluate(videos, start_videos, prompts)

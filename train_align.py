@@ -1,12 +1,13 @@
 """Align the video DiT with preferences: Flow-DPO, Flow-RWR or SFT; or pretrain the toy base.
 
-    python train_align.py --loss dpo            pairs, reward labels, Flow-DPO, held-out win rates by the oracle, a picture
+    python train_align.py --loss dpo            pairs, reward labels, Flow-DPO, held-out win rates, a picture
     python train_align.py --loss sft            (or rwr) the paper's baselines on the same videos
     python train_align.py --loss pretrain --compile --out assets/base       make the toy base again
 
-Pairs come from the renderers of Shapes world, not from the model (off-policy, as in the paper), and are relabelled by the
-reward. Departures from the paper, which aligns a 1B model with LoRA r 64, Adam 5e-6, batch 64, one epoch of 182k pairs
-(Table 10): see RECIPES. Flow-RWR's weights are normalised over the optimizer batch and clipped (losses.flow_rwr).
+Pairs come from the renderers of Shapes world, not from the model (off-policy, as in the paper), and are
+relabelled by the reward. Departures from the paper, which aligns a 1B model with LoRA r 64, Adam 5e-6, batch
+64, one epoch of 182k pairs (Table 10): see RECIPES. Flow-RWR's weights are normalised over the optimizer
+batch and clipped (losses.flow_rwr).
 """
 import copy
 import time
@@ -18,14 +19,14 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
-from data import (DIMS, ORACLE_STD, RENDERERS, check_out, command, draw_noise, embed_text, fail, find, flawed_videos, log, overall, parse_args,
-                  render_as, rng, start_run, step_rows, toy_pairs, world_hash)
+from data import (DIMS, ORACLE_STD, RENDERERS, check_out, command, draw_noise, embed_text, fail, find,
+                  flawed_videos, log, overall, parse_args, render_as, rng, start_run, step_rows, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora
 from reward import LatentReward, score_clean
 from sample import eval_prompts, evaluate, generate, load_model, report
 
-# What unset flags fall to. Each alignment loss has its own learning rate, the best of a sweep on the validation prompts.
+# What unset flags fall to. Each loss has its own learning rate, the best of a sweep on the validation prompts.
 RECIPES = {
     "dpo":      dict(lr=5e-4, lora_rank=16, steps=100, batch=24, warmup=10, ema=0.0),
     "sft":      dict(lr=3e-4, lora_rank=16, steps=100, batch=24, warmup=10, ema=0.0),
@@ -49,7 +50,7 @@ class Args:
     lora_alpha: float | None = None         # unset: twice the rank, as the paper's 128 for 64
     lr: float | None = None                 # constant after the warm-up; pretraining decays it to 0 at the end
     steps: int | None = None                # optimizer steps
-    batch: int | None = None                # pairs per step; sft takes twice as many winners, so all see equally many videos
+    batch: int | None = None                # pairs per step; sft takes the winners of twice as many
     accumulate: int = 1                     # parts in which a step's batch goes through the model
     warmup: int | None = None               # steps of linear warm-up
     max_grad_norm: float = 1.0              # gradient clipping
@@ -63,7 +64,7 @@ class Args:
 
 
 def errors(model, x0, text, t, eps):
-    """Velocity errors (B, K) of K videos x0 (B, K, C, T, H, W) that share their text (B, S, D), t (B,) and eps (B, C, T, H, W)."""
+    """Velocity errors (B, K) of videos x0 (B, K, C, T, H, W), K of them sharing text (B, S, D), t (B,) and eps."""
     B, K = x0.shape[:2]
     t, eps, text = (y.repeat_interleave(K, dim=0) for y in (t, eps, text))
     x0 = x0.flatten(0, 1)
@@ -71,30 +72,35 @@ def errors(model, x0, text, t, eps):
 
 
 def label_pairs(args, pairs, reward):
-    """(usable rows, order (n, 2), r (n, 2) or None): A and B as indices, the winner first, and their scalar rewards in that order.
+    """(usable rows, order (n, 2), r (n, 2) or None): A and B as indices, the winner first, and their scalar
+    rewards in that order.
 
-    By the reward or the oracle the higher weighted mean of normalised scores wins; by humans the sign of the weighted sum of
-    their labels decides, and ties are dropped.
+    By the reward or the oracle the higher weighted mean of normalised scores wins; by humans the sign of the
+    weighted sum of their labels decides, and ties are dropped.
     """
     rows, r = torch.arange(len(pairs.prompts)), None
     if args.labels == "human":
-        margin = overall(pairs.label[:, :3], args.dim_w)
+        margin = overall(pairs.label[:, :3].nan_to_num(), args.dim_w)           # an unlabelled dimension says nothing
         rows = rows[margin != 0]
+        if not len(rows):
+            fail(f"none of the {len(margin)} pairs is decided by its human labels under --dim_w {args.dim_w}")
     else:
         if args.labels == "oracle":
             r = overall(pairs.score / torch.tensor(ORACLE_STD), args.dim_w)
         else:
-            r = torch.cat([overall(score_clean(reward, pairs.latents(part).flatten(0, 1), pairs.text(part).repeat_interleave(2, 0)),
-                                   args.dim_w).view(-1, 2) for part in rows.split(256)])
+            scores = [score_clean(reward, pairs.latents(part).flatten(0, 1), pairs.text(part).repeat_interleave(2, 0))
+                      for part in rows.split(256)]
+            r = overall(torch.cat(scores).view(-1, 2, len(DIMS)), args.dim_w)
         margin = r[:, 0] - r[:, 1]
     b_wins = (margin < 0).long()
     order = torch.stack([b_wins, 1 - b_wins], dim=1)
-    print(f"{len(rows)} of {len(margin)} pairs labelled by {args.labels}; A wins {(margin > 0).float().mean():.0%}, B {b_wins.float().mean():.0%}")
+    a, b = (margin > 0).float().mean(), b_wins.float().mean()
+    print(f"{len(rows)} of {len(margin)} pairs labelled by {args.labels}; A wins {a:.0%}, B {b:.0%}")
     return rows, order, None if r is None else r.gather(1, order)
 
 
 def mixture_batch(n, seed, step):
-    """A pretraining batch: flawed videos x0 (n, 1, C, T, H, W) and their captions (n, S, D), one in ten left empty (for CFG)."""
+    """A pretraining batch: flawed videos x0 (n, 1, C, T, H, W), captions (n, S, D), a tenth empty for CFG."""
     g = rng("mixture", seed, step)
     video, prompts, _ = flawed_videos(n, None, g)
     text = embed_text(prompts)
@@ -103,7 +109,7 @@ def mixture_batch(n, seed, step):
 
 
 def make_optimizers(args, model):
-    """Adam on what is trainable; for pretraining Muon on the blocks' matrices (ten times the rate) and AdamW on the rest."""
+    """Adam on what is trainable; to pretrain, Muon on the blocks' matrices (10 times lr) and AdamW on the rest."""
     if args.loss != "pretrain":
         return [torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr)]
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
@@ -152,7 +158,7 @@ def main(args):
 
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha)
-        reference, as_reference = model, lora_disabled                          # the model itself, its adapters off
+        reference, as_reference = model, lora_disabled                    # the model itself, its adapters off
     else:
         reference, as_reference = start, nullcontext                            # a frozen copy
     if args.compile:
@@ -169,8 +175,10 @@ def main(args):
     for step in (bar := trange(args.steps, desc=args.loss)):
         for optimizer, lr in zip(optimizers, peak):
             optimizer.param_groups[0]["lr"] = lr * learning_rate_scale(args, step)
-        rows = torch.arange(per_step) if pretrain else usable[step_rows(len(usable), per_step, args.seed, step)]
-        if args.loss == "rwr":                                                  # weights over the whole optimizer batch
+        rows = torch.arange(per_step)
+        if not pretrain:
+            rows = usable[step_rows(len(usable), per_step, args.seed, step)]
+        if args.loss == "rwr":                                        # weights over the whole optimizer batch
             weight = flow_rwr(torch.ones(2 * len(rows)), r[rows].flatten(), args.tau).view(-1, 2).to(device)
 
         for part in torch.arange(len(rows)).chunk(args.accumulate):
@@ -178,7 +186,7 @@ def main(args):
             if pretrain:
                 x0, text = (y[part] for y in mixture_batch(per_step, args.seed, step))
             else:
-                x0, text = pairs.latents(ids), pairs.text(ids)                  # (B, 2, C, T, H, W), (B, S, D)
+                x0, text = pairs.latents(ids), pairs.text(ids)                 # (B, 2, C, T, H, W), (B, S, D)
                 x0 = x0[torch.arange(len(ids))[:, None], order[ids]]            # the winner first
             t, eps = draw_noise(x0.shape[2:], args.seed, step, ids.tolist(), logit_normal=pretrain)
             x0, text, t, eps = (y.to(device) for y in (x0, text, t, eps))
@@ -187,12 +195,13 @@ def main(args):
                 err_w, err_l = errors(model, x0, text, t, eps).unbind(1)        # both share t and eps
                 with torch.no_grad(), as_reference(reference):
                     err_ref_w, err_ref_l = errors(reference, x0, text, t, eps).unbind(1)
-                losses = flow_dpo(err_w, err_l, err_ref_w, err_ref_l, beta_schedule(args.beta, t, args.beta_schedule))
+                beta = beta_schedule(args.beta, t, args.beta_schedule)
+                losses = flow_dpo(err_w, err_l, err_ref_w, err_ref_l, beta)
                 stats.append(torch.stack([t, losses, err_w - err_ref_w, err_l - err_ref_l], dim=1).detach())
             else:
                 if args.loss == "rwr":
                     losses = (weight[part] * errors(model, x0, text, t, eps)).mean(1)
-                else:                                                           # sft and pretrain: the first video of a row
+                else:                                             # sft and pretrain: the first video of a row
                     losses = flow_sft(errors(model, x0[:, :1], text, t, eps)).mean(1)
                 stats.append(torch.stack([t, losses], dim=1).detach())
             (losses.sum() / len(rows)).backward()
@@ -208,7 +217,8 @@ def main(args):
                     a.lerp_(p, 1 - decay)
         if (step + 1) % 10 == 0 or step + 1 == args.steps:
             event = summary(torch.cat(stats).cpu())
-            bar.set_postfix({k: f"{event[k]:.4f}" for k in ("loss", "implicit_acc", "gap_w", "gap_l") if k in event})
+            shown = [k for k in ("loss", "implicit_acc", "gap_w", "gap_l") if k in event]
+            bar.set_postfix({k: f"{event[k]:.4f}" for k in shown})
             log(run, step=step + 1, grad_norm=grad_norm.item(), seconds=round(time.time() - tic, 1), **event)
             stats = []
 
@@ -216,19 +226,19 @@ def main(args):
 
 
 def summary(stats):
-    """What to log of rows (t, loss[, gap_w, gap_l]): means, implicit accuracy and margin, and the loss in ten bins of t."""
+    """What to log of rows (t, loss[, gap_w, gap_l]): means, implicit accuracy, margin, loss in ten bins of t."""
     t, losses = stats[:, 0], stats[:, 1]
     bins = [losses[(t * 10).long().clamp(max=9) == b] for b in range(10)]
     event = {"loss": losses.mean().item(), "loss_by_t": [x.mean().item() if len(x) else None for x in bins]}
     if stats.shape[1] == 4:
-        margin = stats[:, 3] - stats[:, 2]                                      # > 0: the pair is ranked as labelled
+        margin = stats[:, 3] - stats[:, 2]                               # > 0: the pair is ranked as labelled
         event |= {"implicit_acc": (margin > 0).float().mean().item(), "margin": margin.mean().item(),
                   "gap_w": stats[:, 2].mean().item(), "gap_l": stats[:, 3].mean().item()}
     return event
 
 
 def finish(args, run, model, start, reward):
-    """Save the trained model and evaluate it: against the start model, or, pretrained, against the videos it learnt from."""
+    """Save the model and evaluate it: against the start model, or, pretrained, against the videos it learnt from."""
     model.eval()
     metadata = {"command": command(args), "seed": str(args.seed), "world": world_hash()}
     if args.lora_rank:
@@ -239,7 +249,8 @@ def finish(args, run, model, start, reward):
     videos = generate(model, prompts, args.seed, args.eval_steps)
     if args.loss == "pretrain":
         g = rng("mixture", args.seed)
-        start_videos = render_as(torch.randint(len(RENDERERS), (len(prompts),), generator=g), prompts, g).float()
+        who = torch.randint(len(RENDERERS), (len(prompts),), generator=g)
+        start_videos = render_as(who, prompts, g).float()
     else:
         start_videos = generate(start, prompts, args.seed, args.eval_steps)
     result = evaluate(videos, start_videos, prompts, reward)

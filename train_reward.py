@@ -1,12 +1,13 @@
 """Train and evaluate a reward model on preference pairs.
 
-    python train_reward.py                      VideoReward's part in the toy world: a reward of clean videos, with ties (BTT)
+    python train_reward.py                      the toy's VideoReward: a reward of clean videos, with ties (BTT)
     python train_reward.py --noisy              the reward of noisy latents that guides sampling (Flow-NRG)
     python train_reward.py --loss regression    on Likert points instead of pairs (bt is the third choice)
 
-Prints the accuracy on held-out prompts with and without ties, and the ceiling that the annotators' own noise leaves: the
-accuracy of the oracle itself against the same labels. Differences from the paper: the labeller is a latent reward too, where
-the paper trains a vision-language model (Sec. 3); --noisy follows its Table 11 (BT, one noise and t for both of a pair).
+Prints the accuracy on held-out prompts with and without ties, and the ceiling that the annotators' own noise
+leaves: the accuracy of the oracle itself against the same labels. Differences from the paper: the labeller is
+a latent reward too, where the paper trains a vision-language model (Sec. 3); --noisy follows its Table 11
+(BT, one noise and t for both of a pair).
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +16,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
-from data import DIMS, check_out, command, draw_noise, fail, log, overall, parse_args, start_run, step_rows, toy_pairs, with_overall, world_hash, write_json
+from data import (DIMS, check_out, command, draw_noise, fail, log, overall, parse_args, start_run, step_rows, toy_pairs,
+                  with_overall, world_hash, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from reward import LatentReward, accuracies
 from sample import load_model
@@ -23,7 +25,7 @@ from sample import load_model
 
 @dataclass
 class Args:
-    loss: Literal["btt", "bt", "regression"] | None = None  # unset: btt, and bt with --noisy, as in the paper's Table 11
+    loss: Literal["btt", "bt", "regression"] | None = None  # unset: btt, or bt with --noisy, as Table 11
     noisy: bool = False                     # train on noisy latents at uniform t, for guidance; else on clean ones
     shared_noise: bool = True               # with --noisy: the same noise for both of a pair, as the paper
     model: str = "assets/base"              # run folder whose first blocks the reward grows from
@@ -49,7 +51,7 @@ def pair_scores(reward, pairs, rows, t, eps_a, eps_b):
 
 
 def pair_noise(args, pairs, rows, step, t=None):
-    """(t, eps_a, eps_b) of a batch: t = 0 for a clean reward, else uniform or as given; one eps for both if shared."""
+    """(t, eps_a, eps_b) of a batch. t (B,): as given, or uniform for a noisy reward and 0 for a clean one."""
     shape = pairs.videos.shape[2:]
     drawn, eps_a = draw_noise(shape, args.seed, step, rows.tolist())
     eps_b = eps_a if args.shared_noise else draw_noise(shape, args.seed + 1, step, rows.tolist())[1]
@@ -96,7 +98,7 @@ def main(args):
             label = label.masked_fill(label == 0, float("nan"))                 # to BT a tie says nothing
             loss = masked_mean(bt(d, label), label)
         else:
-            score = pairs.mos[rows].to(device) - 3                              # points around the middle of the scale
+            score = pairs.mos[rows].to(device) - 3                     # points around the middle of the scale
             loss = masked_mean(regression(r, score), score)
         loss.backward()
         norm = clip_grad_norm_(reward.parameters(), 1.0)
@@ -112,7 +114,8 @@ def main(args):
     val = score_pairs(args, reward, toy_pairs(args.n_eval, "val", args.seed)).flatten(0, 1)
     reward.mean.copy_(val.mean(0))
     reward.std.copy_(val.std(0))
-    reward.save(run / "reward.safetensors", {"command": command(args), "seed": str(args.seed), "world": world_hash()})
+    metadata = {"command": command(args), "seed": str(args.seed), "world": world_hash()}
+    reward.save(run / "reward.safetensors", metadata)
     result = {**evaluate_reward(args, reward), "loss_first": history[0], "loss_last": recent}
     write_json(run / "eval.json", result)
     print_accuracies(result)
@@ -120,7 +123,7 @@ def main(args):
 
 
 def evaluate_reward(args, reward):
-    """Accuracies on held-out prompts at t = 0 (and over t for a noisy reward) beside the oracle's own on the same labels."""
+    """Accuracies on held-out prompts at t = 0, and over t for a noisy reward, beside the oracle's on these labels."""
     pairs = toy_pairs(args.n_eval, "eval", args.seed)
     truth = with_overall(pairs.score[:, 0]) - with_overall(pairs.score[:, 1])
     result = {"ceiling": accuracies(pairs.label, truth), "n": args.n_eval, "by_t": {}}
@@ -135,8 +138,10 @@ def print_accuracies(result):
     """Print a Markdown table: accuracy without / with ties, per dimension; the ceiling is the oracle's."""
     names = (*DIMS, "Overall")
     print("| accuracy without / with ties, % | " + " | ".join(names) + " |\n|---|" + "---|" * 4)
-    for name, row in (("ceiling", result["ceiling"]), *((f"reward at t = {t}", row) for t, row in result["by_t"].items())):
-        print(f"| {name} | " + " | ".join(f"{100 * row[d]['without']:.1f} / {100 * row[d]['with']:.1f}" for d in names) + " |")
+    rows = {"ceiling": result["ceiling"]} | {f"reward at t = {t}": row for t, row in result["by_t"].items()}
+    for name, row in rows.items():
+        cells = [f"{100 * row[dim]['without']:.1f} / {100 * row[dim]['with']:.1f}" for dim in names]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
