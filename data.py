@@ -319,7 +319,7 @@ def render_as(who, prompts, g):
 
 # ---- Shapes world: the oracle ----
 
-ORACLE_STD = (0.166, 0.327, 0.218)    # of VQ, MQ, TA over the flawed mixture: what Overall divides by
+ORACLE_STD = (0.166, 0.272, 0.218)    # of VQ, MQ, TA over the flawed mixture: what Overall divides by
 
 
 def oracle(video, prompts, chunk=64):
@@ -376,7 +376,7 @@ def _oracle(video, prompts):
     f = torch.arange(FRAMES, dtype=video.dtype, device=video.device) - (FRAMES - 1) / 2
     velocity = (centre * f[:, None]).sum(1) / f.square().sum()                  # (B, 2), px / frame
     off = centre - centre.mean(1, keepdim=True) - velocity[:, None] * f[:, None]
-    smooth = torch.exp(-off.square().sum(-1).mean(1) / 0.8**2)
+    smooth = torch.exp(-off.square().sum(-1).mean(1))                           # off the line by 1 px: 1 / e
     speed = velocity.norm(dim=1)
     moving = ((speed - 0.2) / 0.5).clamp(0, 1)
     amount = light.sum((3, 4))                                                             # (B, T, 3)

@@ -201,7 +201,7 @@ class Args:
     n: int = 1                              # videos per prompt
     steps: int = 16                         # Euler steps
     shift: float = 3.0                      # timestep shift
-    cfg: float = 1.0                        # classifier-free guidance scale; 1 is off
+    cfg: float = 4.5                        # classifier-free guidance scale; 1 is off
     nrg: str = ""                           # run folder of a noisy reward: guide by it (Flow-NRG)
     rg_scale: float = 1.0                   # strength of reward guidance, the paper's w
     dim_w: tuple = (1.0, 1.0, 1.0)          # weights of VQ, MQ, TA in the guiding reward
