@@ -36,13 +36,13 @@ class LatentReward(nn.Module):
         self.query = nn.Parameter(torch.randn(len(DIMS), config.dim) / config.dim**0.5)
         self.hidden = nn.Linear(config.dim, config.dim)
         self.out = nn.Parameter(torch.randn(len(DIMS), config.dim) / config.dim**0.5)
-        self.register_buffer("mean", torch.zeros(len(DIMS)))             # of raw scores on the validation set
+        self.register_buffer("mean", torch.zeros(len(DIMS)))                    # of raw scores on the validation set
         self.register_buffer("std", torch.ones(len(DIMS)))
 
     def forward(self, xt, t, text):
         """Raw scores (B, 3) from xt (B, C, T, H, W), t (B,) in [0, 1] and text (B, S, text_dim)."""
         h = self.norm(self.dit(xt, t, text, depth=self.depth))                  # (B, L, D)
-        look = (h @ self.query.T).softmax(dim=1)                       # (B, L, 3): where each dimension looks
+        look = (h @ self.query.T).softmax(dim=1)                                # (B, L, 3): where each dimension looks
         h = F.gelu(self.hidden(look.transpose(1, 2) @ h))                       # (B, 3, D)
         return (h * self.out).sum(-1)
 
@@ -112,7 +112,7 @@ def accuracy_with_ties(label, d):
     size, order = d.abs().sort()
     label, sign = label[order], d[order].sign()
     right = (sign == label).sum()                                               # no ties predicted
-    gain = ((label == 0).long() - (sign == label).long()).cumsum(0)        # of calling the smallest ones ties
+    gain = ((label == 0).long() - (sign == label).long()).cumsum(0)             # of calling the smallest ones ties
     ends = torch.cat([size[1:] > size[:-1], torch.tensor([True])])
     return (right + gain[ends].max().clamp(min=0)).item() / len(label)
 

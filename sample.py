@@ -72,7 +72,7 @@ def nrg(velocity, reward, rg_scale, dim_w=(1.0, 1.0, 1.0), max_ratio=float("inf"
             grad, = torch.autograd.grad((r * torch.as_tensor(dim_w, dtype=r.dtype, device=r.device)).sum(), x)
         push = rg_scale * t / (1 - t) * grad
         norm = lambda y: y.flatten(1).norm(dim=1) if y.dim() > 1 else y.abs()
-        ratio = norm(push) / norm(v.float()).clamp(min=1e-12)                    # (B,)
+        ratio = norm(push) / norm(v.float()).clamp(min=1e-12)                   # (B,)
         if ratios is not None:
             ratios.append(ratio.mean().item())
         keep = (max_ratio / ratio.clamp(min=1e-12)).clamp(max=1).view(-1, *[1] * (x.dim() - 1))
@@ -187,8 +187,8 @@ def compare(runs, out):
     prompts = json.loads(samples[0][1]["prompts"])
     columns = [("start", samples[0][0]["start"])]
     columns += [(folder.name, tensors["videos"]) for folder, (tensors, _) in zip(folders, samples)]
-    contact_sheet(out, [[(name if k else f"{name}: {prompt}", to_float(videos[i])) for k, (name, videos) in enumerate(columns)]
-                        for i, prompt in enumerate(prompts[:6])], max_frames=4)
+    contact_sheet(out, [[(f"{prompt}: {name}" if name == "start" else name, to_float(videos[i]))
+                         for name, videos in columns] for i, prompt in enumerate(prompts[:6])], max_frames=4)
     print(f"wrote {out}")
 
 

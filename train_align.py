@@ -158,7 +158,7 @@ def main(args):
 
     if args.lora_rank:
         add_lora(model, args.lora_rank, args.lora_alpha)
-        reference, as_reference = model, lora_disabled                    # the model itself, its adapters off
+        reference, as_reference = model, lora_disabled                          # the model itself, its adapters off
     else:
         reference, as_reference = start, nullcontext                            # a frozen copy
     if args.compile:
@@ -178,7 +178,7 @@ def main(args):
         rows = torch.arange(per_step)
         if not pretrain:
             rows = usable[step_rows(len(usable), per_step, args.seed, step)]
-        if args.loss == "rwr":                                        # weights over the whole optimizer batch
+        if args.loss == "rwr":                                                  # weights over the whole optimizer batch
             weight = flow_rwr(torch.ones(2 * len(rows)), r[rows].flatten(), args.tau).view(-1, 2).to(device)
 
         for part in torch.arange(len(rows)).chunk(args.accumulate):
@@ -186,7 +186,7 @@ def main(args):
             if pretrain:
                 x0, text = (y[part] for y in mixture_batch(per_step, args.seed, step))
             else:
-                x0, text = pairs.latents(ids), pairs.text(ids)                 # (B, 2, C, T, H, W), (B, S, D)
+                x0, text = pairs.latents(ids), pairs.text(ids)                  # (B, 2, C, T, H, W), (B, S, D)
                 x0 = x0[torch.arange(len(ids))[:, None], order[ids]]            # the winner first
             t, eps = draw_noise(x0.shape[2:], args.seed, step, ids.tolist(), logit_normal=pretrain)
             x0, text, t, eps = (y.to(device) for y in (x0, text, t, eps))
@@ -231,7 +231,7 @@ def summary(stats):
     bins = [losses[(t * 10).long().clamp(max=9) == b] for b in range(10)]
     event = {"loss": losses.mean().item(), "loss_by_t": [x.mean().item() if len(x) else None for x in bins]}
     if stats.shape[1] == 4:
-        margin = stats[:, 3] - stats[:, 2]                               # > 0: the pair is ranked as labelled
+        margin = stats[:, 3] - stats[:, 2]                                      # > 0: the pair is ranked as labelled
         event |= {"implicit_acc": (margin > 0).float().mean().item(), "margin": margin.mean().item(),
                   "gap_w": stats[:, 2].mean().item(), "gap_l": stats[:, 3].mean().item()}
     return event

@@ -98,7 +98,7 @@ def main(args):
             label = label.masked_fill(label == 0, float("nan"))                 # to BT a tie says nothing
             loss = masked_mean(bt(d, label), label)
         else:
-            score = pairs.mos[rows].to(device) - 3                     # points around the middle of the scale
+            score = pairs.mos[rows].to(device) - 3                              # points around the middle of the scale
             loss = masked_mean(regression(r, score), score)
         loss.backward()
         norm = clip_grad_norm_(reward.parameters(), 1.0)
