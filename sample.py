@@ -203,9 +203,9 @@ class Args:
     shift: float = 3.0                      # timestep shift
     cfg: float = 4.5                        # classifier-free guidance scale; 1 is off
     nrg: str = ""                           # run folder of a noisy reward: guide by it (Flow-NRG)
-    rg_scale: float = 1.0                   # strength of reward guidance, the paper's w
+    rg_scale: float = 4.0                   # strength of reward guidance, the paper's w
     dim_w: tuple = (1.0, 1.0, 1.0)          # weights of VQ, MQ, TA in the guiding reward
-    max_ratio: float = 1.0                  # longest guidance, in velocity norms
+    max_ratio: float = 0.3                  # longest guidance, in velocity norms
     seed: int = 0                           # of the noise
     eval: int = 0                           # instead of writing videos, win rates on this many held-out draws
     against: str = ""                       # with --eval: the run to beat; unset, the same one unguided

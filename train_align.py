@@ -26,11 +26,11 @@ from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora
 from reward import LatentReward, score_clean
 from sample import eval_prompts, evaluate, generate, load_model, report
 
-# What unset flags fall to. Each loss has its own learning rate, the best of a sweep on the validation prompts.
+# What unset flags fall to; tried on the validation prompts, at one or two learning rates each.
 RECIPES = {
     "dpo":      dict(lr=5e-4, lora_rank=16, steps=100, batch=24, warmup=10, ema=0.0),
-    "sft":      dict(lr=3e-4, lora_rank=16, steps=100, batch=24, warmup=10, ema=0.0),
-    "rwr":      dict(lr=3e-4, lora_rank=16, steps=100, batch=24, warmup=10, ema=0.0),
+    "sft":      dict(lr=1e-3, lora_rank=16, steps=100, batch=24, warmup=10, ema=0.0),
+    "rwr":      dict(lr=1e-3, lora_rank=16, steps=100, batch=24, warmup=10, ema=0.0),
     "pretrain": dict(lr=2e-3, lora_rank=0, steps=3000, batch=24, warmup=50, ema=0.998),
 }
 

@@ -30,10 +30,10 @@ class Args:
     shared_noise: bool = True               # with --noisy: the same noise for both of a pair, as the paper
     model: str = "assets/base"              # run folder whose first blocks the reward grows from
     depth: int = 2                          # how many of them
-    n_pairs: int = 12000                    # training pairs
-    steps: int = 1000                       # optimizer steps
+    n_pairs: int = 24000                    # training pairs
+    steps: int = 2000                       # optimizer steps
     batch: int = 32                         # pairs per step
-    lr: float = 5e-4                        # Adam, decayed linearly to 0 after 50 steps of warm-up
+    lr: float = 1e-3                        # Adam, decayed linearly to 0 after 50 steps of warm-up
     tie: float = 5.0                        # btt: the tie parameter theta
     n_eval: int = 2000                      # held-out pairs
     seed: int = 0                           # of pairs, order and noise
