@@ -437,7 +437,7 @@ def align_args(runs, out, **changes):
 
 @pytest.mark.parametrize("name, changes", [
     ("dpo", {}), ("dpo_full", dict(lora_rank=0, lr=3e-4)), ("dpo_ta", dict(dim_w=(0.0, 0.0, 1.0), labels="oracle", beta_schedule="(1-t)^2")),
-    ("sft", dict(loss="sft", labels="human")), ("rwr", dict(loss="rwr"))])
+    ("sft", dict(loss="sft", labels="human", lora_rank=0, steps=40)), ("rwr", dict(loss="rwr", lora_rank=0, steps=40))])
 def test_each_objective_trains_and_its_loss_falls(runs, name, changes):
     result = train_align.main(align_args(runs, name, **changes))
     assert set(result["win_rate"]) == {*DIMS, "Overall"} and json.loads((runs / name / "eval.json").read_text()) == result
