@@ -34,12 +34,12 @@ def timesteps(n, shift=1.0):
     return shift * t / (1 + (shift - 1) * t)
 
 
-def euler(velocity, eps, ts, progress=False):
+def euler(velocity, eps, ts):
     """x at the last of the decreasing times ts, from noise eps at the first: x <- x - (t - t_next)
     velocity(x, t). App. C.
     """
     x = eps
-    for t, t_next in tqdm(list(zip(ts[:-1], ts[1:])), desc="sampling", disable=not progress):
+    for t, t_next in zip(ts[:-1], ts[1:]):
         x = x - (t - t_next) * velocity(x, t)
     return x
 
@@ -132,7 +132,7 @@ def win_rate(r, r_start):
     return wins / (wins + losses) if wins + losses else 0.5
 
 
-def evaluate(videos, start, prompts, reward=None, dim_w=(1, 1, 1)):
+def evaluate(videos, start, prompts, reward=None):
     """Win rates of videos over start, made from the same noise: by the oracle, and by the reward that
     labelled the pairs.
 
