@@ -9,6 +9,7 @@ flaws in the place of twelve text-to-video models, and an oracle that measures V
 alone. Pixels are (B, 3, T, H, W) in [-1, 1]; files hold uint8 (T, H, W, 3).
 """
 import argparse
+import csv
 import difflib
 import hashlib
 import inspect
@@ -453,16 +454,19 @@ def likert(score, g):
 
 @dataclass
 class Pairs:
-    """n preference pairs: two videos of each prompt, uint8 (n, 2, 3, T, H, W), A first.
+    """n preference pairs: two videos of each prompt, A first.
 
-    label (n, 4): VQ, MQ, TA, Overall as +1 A, 0 same, -1 B, nan unlabelled; score and mos (n, 2, 3): the
-    oracle's scores and Likert points of A and B.
+    label (n, 4): VQ, MQ, TA, Overall as +1 A, 0 same, -1 B, nan unlabelled; mos (n, 2, 3): Likert points of A and
+    B, nan where there are none. Of Shapes world also videos, uint8 (n, 2, 3, T, H, W), and score (n, 2, 3), the
+    oracle's; read from a file also paths [(A, B)] and lines, the lines of the file.
     """
     prompts: list
-    videos: torch.Tensor
     label: torch.Tensor
-    score: torch.Tensor
     mos: torch.Tensor
+    videos: torch.Tensor = None
+    score: torch.Tensor = None
+    paths: list = None
+    lines: list = None
 
     def latents(self, rows):
         """x0 (len(rows), 2, C, T, H, W) of A and B: here the pixels themselves, in [-1, 1]."""
@@ -486,7 +490,79 @@ def toy_pairs(n, split, seed):
     videos = torch.stack([torch.cat([to_uint8(render_as(who[part], prompts[part], g)) for part in parts])
                           for who in (a, b)], dim=1)
     score = torch.stack([oracle(to_float(videos[:, k]), prompts) for k in (0, 1)], dim=1)
-    return Pairs(prompts, videos, annotate(score[:, 0], score[:, 1], g), score, likert(score, g))
+    label, mos = annotate(score[:, 0], score[:, 1], g), likert(score, g)
+    return Pairs(prompts, label, mos, videos, score)
+
+
+# ---- preference pairs from files ----
+
+# The layouts that are understood, each known by its columns: (prompt, A, B) and where the labels stand.
+LAYOUTS = {
+    ("prompt", "path_A", "path_B"): "VideoAlign and VideoGen-RewardBench: labels in VQ, MQ, TA, Overall",
+    ("prompt", "left_video", "right_video", "vote_type"): "GenAI-Bench",
+    ("prompt", "chosen", "rejected"): "a winner and a loser",
+}
+LABELS = {"a": 1.0, "b": -1.0, "same": 0.0, "leftvote": 1.0, "rightvote": -1.0, "tievote": 0.0, "bothbad_vote": 0.0}
+
+
+def read_table(path):
+    """[(line, {column: text})] of a CSV or JSONL file, in UTF-8; one line and exit status 2 if it is none."""
+    path = Path(path)
+    try:
+        if path.suffix == ".jsonl":
+            lines = enumerate(path.read_text("utf-8-sig").splitlines(), 1)
+            table = [(n, json.loads(line)) for n, line in lines if line.strip()]
+            if not all(isinstance(row, dict) for _, row in table):
+                fail(f"{path}: every line must be a JSON object with its columns as keys")
+            return [(n, {k: "" if v is None else str(v) for k, v in row.items()}) for n, row in table]
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restkey="", restval="", strict=True)
+            return [(reader.line_num, row) for row in reader]
+    except UnicodeDecodeError as e:
+        fail(f"{path} is not UTF-8 text (byte {e.start}): save it as a CSV or JSONL file in UTF-8")
+    except (OSError, ValueError, csv.Error) as e:
+        fail(f"{path} cannot be read as {'JSONL' if path.suffix == '.jsonl' else 'CSV'}: {e}")
+
+
+def read_pairs(path):
+    """Pairs of a file in one of LAYOUTS, CSV or JSONL; video paths are relative to the file.
+
+    Labels are A, B or same in any case (GenAI-Bench has its own words); anything else is unlabelled, and how many
+    are is printed. MOS_A_VQ .. MOS_B_TA, where they stand, are Likert points. All rows are checked at once: a
+    missing column, prompt or video ends in one line that names it, and exit status 2.
+    """
+    table, folder = read_table(path), Path(path).parent
+    if not table:
+        fail(f"{path} holds no pairs: give it a header and one row per pair")
+    columns = set(table[0][1])
+    layout = next((names for names in LAYOUTS if columns.issuperset(names)), None)
+    labelled = [dim for dim in (*DIMS, "Overall") if dim in columns]
+    if layout is None or (layout[1] == "path_A" and not labelled):
+        known = "; ".join(f"{', '.join(names)} ({what})" for names, what in LAYOUTS.items())
+        fail(f"{path} has the columns {', '.join(sorted(map(str, columns)))}; understood are: {known}")
+
+    paths, label, mos, odd, bad = [], [], [], [], []
+    points = lambda text: float(text) if re.fullmatch(r"\s*[1-5](\.\d+)?\s*", text or "") else float("nan")
+    for line, row in table:
+        if not (row.get("prompt") or "").strip():
+            bad.append(f"row {line} has no prompt")
+        pair = tuple(folder / (row.get(name) or "") for name in layout[1:3])
+        bad += [f"row {line}: {video} does not exist" for video in pair if not video.is_file()]
+        words = {"Overall": "A"} if layout[1] == "chosen" else {"Overall": row.get("vote_type")}
+        words = {dim: row.get(dim) for dim in labelled} if layout[1] == "path_A" else words
+        words = {dim: (word or "").strip().lower() for dim, word in words.items()}
+        odd += [word for word in words.values() if word not in LABELS]
+        label.append([LABELS.get(words.get(dim), float("nan")) for dim in (*DIMS, "Overall")])
+        mos.append([[points(row.get(f"MOS_{side}_{dim}")) for dim in DIMS] for side in "AB"])
+        paths.append(pair)
+    if bad:
+        more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
+        fail(f"{path}, {bad[0]}{more}: mend the file; paths are relative to its folder")
+    if odd:
+        seen = ", ".join(sorted({repr(word) for word in odd})[:5])
+        print(f"{path}: {len(odd)} labels are neither A, B nor same ({seen}): taken as unlabelled")
+    return Pairs([row["prompt"].strip() for _, row in table], torch.tensor(label), torch.tensor(mos),
+                 paths=paths, lines=[line for line, _ in table])
 
 
 # ---- videos and pictures ----
@@ -499,6 +575,25 @@ def to_uint8(video):
 def to_float(video):
     """0..255 to [-1, 1], fp32."""
     return video.float() / 127.5 - 1
+
+
+def video_info(path):
+    """(frames, fps, height, width) of a video file, without decoding it. ValueError names a file that is no video."""
+    import av
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} has no video in it")
+            stream = container.streams.video[0]
+            fps, size = float(stream.average_rate or stream.guessed_rate or 0), (stream.height, stream.width)
+            count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    except (av.FFmpegError, OSError) as e:
+        raise ValueError(f"{path} cannot be read as a video: {e}") from None
+    if count < 1 or not fps > 0:
+        raise ValueError(f"{path} has {count} frames at {fps:g} frames per second")
+    if max(size) > 8192:
+        raise ValueError(f"{path} is {size[1]} x {size[0]}: more than 8192 pixels a side are refused")
+    return count, fps, *size
 
 
 def read_video(path, indices=None):

@@ -377,6 +377,65 @@ def test_videos_survive_their_file(tmp_path):
             data.read_video(tmp_path / path, indices)
 
 
+# ---- pairs from files ----
+
+def write_clips(folder, names, frames=12, size=(32, 48), fps=8):
+    """Small mp4 files of Shapes world's colours, for tests that need real video files."""
+    for k, name in enumerate(names):
+        video = torch.zeros(3, frames, *size) - 0.5
+        video[k % 3, :, 8:20, 8 + k:24 + k] = 0.9
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        data.write_video(folder / name, video, fps)
+
+
+def test_read_pairs_understands_the_authors_csv_genai_bench_and_chosen_rejected(tmp_path):
+    write_clips(tmp_path, ["v/a.mp4", "v/b.mp4"])
+    (tmp_path / "authors.csv").write_text(
+        "path_A,path_B,prompt,VQ,MQ,TA,MOS_A_VQ,MOS_B_VQ\n"
+        'v/a.mp4,v/b.mp4,"a cat, asleep",A,same,invalid,4,2.5\nv/b.mp4,v/a.mp4,a dog,B,,A,,\n')
+    nan = float("nan")
+    pairs = data.read_pairs(tmp_path / "authors.csv")
+    assert pairs.prompts == ["a cat, asleep", "a dog"] and pairs.lines == [2, 3]
+    assert pairs.paths[0] == (tmp_path / "v/a.mp4", tmp_path / "v/b.mp4")
+    assert torch.equal(pairs.label.nan_to_num(9), torch.tensor([[1, 0, nan, nan], [-1, nan, 1, nan]]).nan_to_num(9))
+    assert pairs.mos[0, :, 0].tolist() == [4, 2.5] and pairs.mos.isnan().sum() == 10
+
+    (tmp_path / "genai.csv").write_text("prompt,left_model,left_video,right_model,right_video,vote_type\n" + "".join(
+        f"p,x,v/a.mp4,y,v/b.mp4,{vote}\n" for vote in ("leftvote", "rightvote", "tievote", "bothbad_vote")))
+    label = data.read_pairs(tmp_path / "genai.csv").label
+    assert label[:, 3].tolist() == [1, -1, 0, 0] and label[:, :3].isnan().all()
+
+    row = {"prompt": "p", "chosen": "v/b.mp4", "rejected": "v/a.mp4"}
+    (tmp_path / "dpo.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n")
+    pairs = data.read_pairs(tmp_path / "dpo.jsonl")
+    assert pairs.label[:, 3].tolist() == [1, 1] and pairs.lines == [1, 3]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("", "holds no pairs"), ("path_A,path_B,prompt,VQ\n", "holds no pairs"),
+    ("video,caption\na,b\n", "has the columns caption, video; understood are"),
+    ("path_A,path_B,prompt\na.mp4,a.mp4,p\n", "understood are"),
+    ("path_A,path_B,prompt,VQ\na.mp4,gone.mp4,p,A\na.mp4,a.mp4,,A\n", "row 2: .*gone.mp4 does not exist \\(and 1 more"),
+    ("path_A,path_B,prompt,VQ\na.mp4,a.mp4,\xff,A\n", "is not UTF-8"),
+    ('path_A,path_B,prompt,VQ\na.mp4,a.mp4,"open,A\n', "cannot be read as CSV"),
+])
+def test_a_bad_pairs_file_ends_in_one_line(text, says, tmp_path, capsys):
+    write_clips(tmp_path, ["a.mp4"])
+    (tmp_path / "pairs.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(SystemExit) as stop:
+        data.read_pairs(tmp_path / "pairs.csv")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and re.search(says, said), said
+
+
+def test_video_info_counts_without_decoding(tmp_path):
+    write_clips(tmp_path, ["a.mp4"], frames=11, fps=24)
+    assert data.video_info(tmp_path / "a.mp4") == (11, 24.0, 32, 48)
+    (tmp_path / "b.mp4").write_text("no video")
+    with pytest.raises(ValueError, match="b.mp4 cannot be read as a video"):
+        data.video_info(tmp_path / "b.mp4")
+
+
 # ---- rewards ----
 
 def test_accuracies_are_the_exact_maximum_over_thresholds():
