@@ -2,6 +2,7 @@
 logs.
 
     python data.py                   writes shapes.png: good and bad videos of Shapes world with their oracle scores
+    python data.py encode --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --pairs pairs.csv        fills the latent cache
 
 Shapes world is a world small enough for two CPU cores in which the true quality of a video is known exactly:
 one soft-edged shape on a dark ground, 6 colours x 3 shapes x 4 directions, twelve renderers with different
@@ -22,13 +23,14 @@ import sys
 import time
 import typing
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 
@@ -61,6 +63,8 @@ def parse_args(cls, doc, argv=None):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         note = notes.get(f.name, "").replace("%", "%%")
         options = dict(default=f.default, help=note if f.default in (None, ()) else f"{note} [{f.default}]")
+        if f.default is MISSING:
+            options = dict(required=True, help=note)
         if typing.get_origin(kind) is typing.Literal:
             options |= dict(choices=typing.get_args(kind))
         elif kind is bool:
@@ -81,8 +85,8 @@ def parse_args(cls, doc, argv=None):
 
 
 def numbers(text):
-    """'0.5,0.5,0' as a tuple of floats."""
-    return tuple(float(x) for x in text.split(","))
+    """'0.5,0.5,0' as a tuple of numbers."""
+    return tuple(int(x) if x.strip().isdigit() else float(x) for x in text.split(","))
 
 
 def find(path, *names):
@@ -458,7 +462,8 @@ class Pairs:
 
     label (n, 4): VQ, MQ, TA, Overall as +1 A, 0 same, -1 B, nan unlabelled; mos (n, 2, 3): Likert points of A and
     B, nan where there are none. Of Shapes world also videos, uint8 (n, 2, 3, T, H, W), and score (n, 2, 3), the
-    oracle's; read from a file also paths [(A, B)] and lines, the lines of the file.
+    oracle's; read from a file also paths [(A, B)] and lines, the lines of the file, and, once encode has been there,
+    files [(A's latents, B's latents, the prompt's embedding)] in the cache.
     """
     prompts: list
     label: torch.Tensor
@@ -467,14 +472,24 @@ class Pairs:
     score: torch.Tensor = None
     paths: list = None
     lines: list = None
+    files: list = None
 
     def latents(self, rows):
-        """x0 (len(rows), 2, C, T, H, W) of A and B: here the pixels themselves, in [-1, 1]."""
-        return to_float(self.videos[rows])
+        """x0 (len(rows), 2, C, T, H, W) of A and B, fp32: from the cache, or the toy's own pixels in [-1, 1]."""
+        if self.files is None:
+            return to_float(self.videos[rows])
+        return torch.stack([torch.stack([load_cached(file) for file in self.files[i][:2]]) for i in rows]).float()
 
     def text(self, rows):
-        """Prompt embeddings (len(rows), S, text_dim)."""
-        return embed_text([self.prompts[i] for i in rows])
+        """Prompt embeddings (len(rows), S, text_dim), fp32."""
+        if self.files is None:
+            return embed_text([self.prompts[i] for i in rows])
+        return pad_text([load_cached(self.files[i][2]) for i in rows])
+
+    def subset(self, rows):
+        """The Pairs of these rows."""
+        pick = lambda x: x if x is None else x[rows] if torch.is_tensor(x) else [x[i] for i in rows]
+        return Pairs(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
 
 
 def toy_pairs(n, split, seed):
@@ -668,12 +683,256 @@ def caption_of(score):
     return "  ".join(f"{dim} {x:.2f}" for dim, x in zip(DIMS, score.tolist()))
 
 
-if __name__ == "__main__":
+# ---- codecs: between pixels and latents, prompts and embeddings ----
+
+WAN_FPS, WAN_TEXT_LEN = 16, 512
+
+
+class ShapesCodec:
+    """Shapes world needs no autoencoder: its latents are pixels, its text encoder a table of words."""
+    fps = FPS
+
+    def latent_shape(self, frames, size):
+        return 3, frames, *size
+
+    def embed(self, prompts):
+        """Text (n, TEXT_LEN, text_dim); the empty prompt is all zeros."""
+        return embed_text(prompts)
+
+    def decode(self, latents):
+        """Videos (n, 3, T, H, W) in [-1, 1] on the CPU."""
+        return latents.clamp(-1, 1).cpu()
+
+
+class WanCodec:
+    """The VAE and UMT5 text encoder of a Wan 2.1 folder or hub repository in diffusers' layout; each is loaded when
+    it is needed and never both.
+    """
+    fps = WAN_FPS
+
+    def __init__(self, path, device="cpu"):
+        self.path, self.device, self.loaded_vae = str(path), device, None
+        self.folder = Path(path)
+        if not self.folder.exists():
+            from huggingface_hub import snapshot_download
+            self.folder = Path(snapshot_download(self.path, allow_patterns=["vae/*", "text_encoder/*", "tokenizer/*"]))
+        missing = [name for name in ("vae", "text_encoder", "tokenizer") if not (self.folder / name).is_dir()]
+        if missing:
+            fail(f"{path} holds no {', '.join(missing)}: take a folder or hub repository in diffusers' layout "
+                 "(Wan-AI/Wan2.1-T2V-1.3B-Diffusers, for example)")
+
+    @torch.no_grad()
+    def embed(self, prompts, batch=8):
+        """Text (n, 512, text_dim) fp32 on the CPU, prompts cleaned as diffusers' WanPipeline does, zeros after the
+        last token as in official Wan. The encoder leaves memory before this returns.
+        """
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+        from transformers import AutoTokenizer, UMT5EncoderModel
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
+        encoder = UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", dtype=dtype).to(self.device).eval()
+        rows = []
+        for i in tqdm(range(0, len(prompts), batch), desc="prompts", leave=False, disable=len(prompts) <= batch):
+            words = tokenizer([prompt_clean(p) for p in prompts[i:i + batch]], padding="max_length", truncation=True,
+                              max_length=WAN_TEXT_LEN, return_tensors="pt").to(self.device)
+            states = encoder(words.input_ids, words.attention_mask).last_hidden_state.float().cpu()
+            rows += [row[:n] for row, n in zip(states, words.attention_mask.sum(1).tolist())]
+        del encoder
+        torch.cuda.is_available() and torch.cuda.empty_cache()
+        return pad_text(rows)
+
+    def latent_shape(self, frames, size):
+        config = json.loads((self.folder / "vae" / "config.json").read_text())
+        time, space = config.get("scale_factor_temporal") or 4, config.get("scale_factor_spatial") or 8
+        return config.get("z_dim", 16), (frames - 1) // time + 1, size[0] // space, size[1] // space
+
+    def vae(self):
+        """(autoencoder, mean, std): the statistics (1, C, 1, 1, 1) that its latents are normalised with."""
+        if self.loaded_vae is None:
+            from diffusers import AutoencoderKLWan
+            vae = AutoencoderKLWan.from_pretrained(self.folder / "vae", torch_dtype=torch.float32)
+            stats = [torch.tensor(x, device=self.device).view(1, -1, 1, 1, 1)
+                     for x in (vae.config.latents_mean, vae.config.latents_std)]
+            self.loaded_vae = vae.to(self.device).eval().requires_grad_(False), *stats
+        return self.loaded_vae
+
+    @torch.no_grad()
+    def encode(self, video):
+        """Latents (B, C, T', H', W') of pixels (B, 3, T, H, W) in [-1, 1]: the posterior's mode, normalised."""
+        vae, mean, std = self.vae()
+        return (vae.encode(video.to(self.device)).latent_dist.mode() - mean) / std
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Videos (n, 3, T, H, W) in [-1, 1] on the CPU, one at a time."""
+        vae, mean, std = self.vae()
+        return torch.cat([vae.decode(x[None].to(self.device) * std + mean).sample.clamp(-1, 1).cpu() for x in latents])
+
+
+def pad_text(rows, length=WAN_TEXT_LEN):
+    """Embeddings [(S, text_dim)] as one fp32 tensor (n, length, text_dim) with zeros after the last token."""
+    return torch.stack([F.pad(row.float(), (0, 0, 0, length - len(row))) for row in rows])
+
+
+def clip_frames(path, frames, fps=WAN_FPS):
+    """Indices (frames,) of the frames of a video file that stand at multiples of 1 / fps seconds.
+
+    ValueError names a file that is no video or lasts less than (frames - 1) / fps seconds.
+    """
+    count, own_fps, _, _ = video_info(path)
+    if count / own_fps < (frames - 1) / fps:
+        raise ValueError(f"{path} lasts {count / own_fps:.2f} s, too short for {frames} frames at {fps} per second")
+    return (np.arange(frames) * own_fps / fps).round().astype(int).clip(max=count - 1)
+
+
+def read_clip(path, frames, size):
+    """Pixels (3, frames, H, W) in [-1, 1] of a video file: at 16 frames per second, scaled to cover size = (H, W),
+    centre-cropped. ValueError names a file that cannot be used.
+    """
+    wanted, places = np.unique(clip_frames(path, frames), return_inverse=True)
+    x = torch.from_numpy(read_video(path, wanted)[0][places]).permute(0, 3, 1, 2).float()      # (T, 3, H, W)
+    (h, w), (H, W) = x.shape[2:], size
+    scale = max(H / h, W / w)
+    h, w = max(H, round(h * scale)), max(W, round(w * scale))
+    x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 255)
+    top, left = (h - H) // 2, (w - W) // 2
+    return to_float(x[:, :, top:top + H, left:left + W]).transpose(0, 1)
+
+
+# ---- the latent cache ----
+
+def load_cached(file):
+    """The one tensor of a file of the cache."""
+    from safetensors.torch import load_file
+    return load_file(file)["x"]
+
+
+def is_cached(file):
+    """Whether the file is there and whole: safetensors' header knows how long it must be."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def save_cached(x, file):
+    """Write one tensor in bf16, to a temporary name and then renamed."""
+    from safetensors.torch import save_file
+    save_file({"x": x.to(torch.bfloat16).contiguous()}, f"{file}.tmp")
+    os.replace(f"{file}.tmp", file)
+
+
+def fingerprint(path, *settings):
+    """A name for a file's content under some settings: its size, its first and last 1 MiB, and the settings."""
+    size, edge = os.path.getsize(path), 2**20
+    with open(path, "rb") as file:
+        ends = file.read(edge)
+        file.seek(max(size - edge, 0))
+        ends += file.read()
+    return hashlib.sha256(ends + json.dumps([size, *settings]).encode()).hexdigest()[:32]
+
+
+def encode(pairs, codec, cache, frames, size, skip_bad=False):
+    """The pairs with .files in the folder cache: every distinct video and prompt is encoded once, in bf16.
+
+    What is there from another run is used; each file appears whole or not at all, so an interrupted encode goes on
+    where it stopped. All videos are opened before the encoder is loaded. A bad one ends in one line that names its
+    row and exit status 2, or with skip_bad its pairs are left out and counted.
+    """
+    cache = Path(cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    parts = {part: [fingerprint(file) for file in sorted((codec.folder / part).iterdir()) if file.is_file()]
+             for part in ("vae", "text_encoder", "tokenizer")}
+    bad, videos = {}, {}                                                        # by path: the error; (file, line)
+
+    def attempt(path, line, function):
+        try:
+            return function()
+        except ValueError as e:
+            if not skip_bad:
+                fail(f"row {line}: {e}; mend it, or leave such pairs out with --skip_bad")
+            bad[path] = e
+
+    for line, pair in zip(pairs.lines, pairs.paths):
+        for path in pair:
+            if path not in videos and path not in bad:
+                name = attempt(path, line, lambda: fingerprint(path, frames, size, parts["vae"]))
+                videos[path] = cache / f"video-{name}.safetensors", line
+    todo = {path: x for path, x in videos.items() if not is_cached(x[0])}
+    for path, (_, line) in todo.items():
+        attempt(path, line, lambda: clip_frames(path, frames))
+    names = [parts["text_encoder"], parts["tokenizer"]]
+    texts = {p: cache / f"text-{hashlib.sha256(json.dumps([p, names]).encode()).hexdigest()[:32]}.safetensors"
+             for p in dict.fromkeys(pairs.prompts)}
+    todo_text = [p for p, file in texts.items() if not is_cached(file)]
+    print(f"{cache}: {len(videos) - len(todo)} of {len(videos)} videos and {len(texts) - len(todo_text)} of "
+          f"{len(texts)} prompts are there; encoding the rest")
+    for i in range(0, len(todo_text), 1024):
+        for p, x in zip(todo_text[i:i + 1024], codec.embed(todo_text[i:i + 1024])):
+            save_cached(x[:int(x.any(1).nonzero().max()) + 1], texts[p])
+    for path, (file, line) in tqdm(todo.items(), desc="videos", disable=not todo):
+        if path not in bad:
+            clip = attempt(path, line, lambda: read_clip(path, frames, size))
+            if clip is not None:
+                save_cached(codec.encode(clip[None])[0], file)
+    codec.loaded_vae = None
+    torch.cuda.is_available() and torch.cuda.empty_cache()
+    good = [i for i, pair in enumerate(pairs.paths) if not bad.keys() & set(pair)]
+    if bad:
+        first = next(iter(bad.values()))
+        print(f"skipped {len(pairs.paths) - len(good)} pairs with {len(bad)} bad videos, such as: {first}")
+    if not good:
+        fail("no pair is left: every one has a video that cannot be used")
+    pairs = pairs.subset(good)
+    pairs.files = [(videos[a][0], videos[b][0], texts[p]) for (a, b), p in zip(pairs.paths, pairs.prompts)]
+    return pairs
+
+
+
+# ---- the script ----
+
+@dataclass
+class Args:
+    """`python data.py encode`: fill the latent cache that train_align.py and train_reward.py read."""
+    model: str                              # Wan 2.1 folder or hub repository in diffusers' layout
+    pairs: str                              # CSV or JSONL of preference pairs
+    frames: int = 81                        # of each video, at 16 per second; 4k + 1
+    size: tuple = (480, 832)                # height and width, multiples of 16
+    cache: str = "runs/cache"               # folder of the latents
+    skip_bad: bool = False                  # leave out pairs whose videos cannot be used
+
+
+def check_clip_args(args):
+    """Refuse --frames and --size that Wan's autoencoder and patches do not divide."""
+    if args.frames < 1 or args.frames % 4 != 1:
+        fail(f"--frames {args.frames}: Wan's autoencoder takes 4k + 1 frames, such as 81, 33 or 1")
+    if len(args.size) != 2 or any(x <= 0 or x % 16 for x in args.size):
+        fail(f"--size {','.join(map(str, args.size))}: give height and width, multiples of 16, such as 480,832")
+
+
+def shapes_sheet(path):
+    """Draw the twelve renderers, and the same prompts without flaws, with their oracle scores."""
     prompts = PROMPTS[::6]                                                      # 12 of them, one for each renderer
     bad = render_as(torch.arange(len(RENDERERS)), prompts, rng(0)).float()
     good = render(attributes(prompts), torch.zeros(len(prompts), len(DEFECTS)), rng(0)).float()
     cells = [(RENDERERS, bad, oracle(bad, prompts)), (["flawless"] * len(prompts), good, oracle(good, prompts))]
-    contact_sheet("shapes.png", list(zip(*[[(f"{name}: {prompt}  {caption_of(score)}", video)
-                                       for name, prompt, video, score in zip(names, prompts, videos, scores)]
-                                      for names, videos, scores in cells])))
-    print("wrote shapes.png: the twelve renderers, and the same prompts without flaws, with their oracle scores")
+    contact_sheet(path, list(zip(*[[(f"{name}: {prompt}  {caption_of(score)}", video)
+                                    for name, prompt, video, score in zip(names, prompts, videos, scores)]
+                                   for names, videos, scores in cells])))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["encode"]:
+        args = parse_args(Args, Args.__doc__, sys.argv[2:])
+        check_clip_args(args)
+        check_out(args.cache)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        pairs = read_pairs(args.pairs)
+        encode(pairs, WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
+    elif sys.argv[1:]:
+        fail(f"unknown argument {sys.argv[1]}: python data.py draws shapes.png, python data.py encode fills the cache")
+    else:
+        shapes_sheet("shapes.png")
+        print("wrote shapes.png: the twelve renderers, and the same prompts without flaws, with their oracle scores")
