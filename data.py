@@ -14,15 +14,20 @@ import csv
 import difflib
 import hashlib
 import inspect
+import io
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 import typing
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -117,8 +122,16 @@ def write_json(path, value):
 
 
 def start_run(args, device="cpu"):
-    """Make the run folder args.out and its config.json; returns it. An older run there is renamed and kept."""
+    """Make the run folder args.out and its config.json; returns it. An older run there is renamed and kept, or with
+    args.resume gone on with, if it had the same arguments.
+    """
     run = Path(args.out)
+    if getattr(args, "resume", False) and (run / "config.json").exists():
+        own = json.loads((run / "config.json").read_text())["args"] | {"resume": True}
+        now = json.loads(json.dumps(asdict(args)))
+        if other := [f"--{k} was {own.get(k)}, not {v}" for k, v in now.items() if own.get(k) != v]:
+            fail(f"--resume: {run} was made by another command ({'; '.join(other[:3])}): give the same arguments")
+        return run
     try:
         if (run / "config.json").exists():
             n = next(n for n in range(1, 10**6) if not Path(f"{run}.{n}").exists())
@@ -152,6 +165,76 @@ def log(run, **event):
     """Append one JSON object to the run's log.jsonl."""
     with open(run / "log.jsonl", "a") as file:
         file.write(json.dumps({"time": round(time.time(), 1), **event}) + "\n")
+
+
+@contextmanager
+def ctrl_c():
+    """Inside, Ctrl-C does not stop the program: it makes the function that this gives return True. Twice stops it."""
+    asked = threading.Event()
+
+    def handler(*_):
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def prefetch(load, keys):
+    """load(*key) of each key in turn, the next one being loaded by a thread while this one is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        following = None
+        for key in keys:
+            current, following = following, pool.submit(load, *key)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()
+
+
+def save_state(run, step, parts):
+    """Write what training needs to go on after step into run/state-<step>-<hash>.pt; the last two are kept.
+
+    parts: {name: module or optimizer or None}; of a module only what is trained. The hash of the content stands
+    in the name, which the file gets when it is complete.
+    """
+    state = {"step": step}
+    for name, part in parts.items():
+        trained = {k for k, p in part.named_parameters() if p.requires_grad} if hasattr(part, "named_parameters") else None
+        if part is not None:
+            full = part.state_dict()
+            state[name] = full if trained is None else {k: v for k, v in full.items() if k in trained}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
+    Path(run / "state.tmp").write_bytes(buffer.getvalue())
+    os.replace(run / "state.tmp", run / f"state-{step:07}-{digest}.pt")
+    for old in sorted(run.glob("state-*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_state(run, parts):
+    """Bring parts to the newest whole state in run; returns its step, 0 if there is none."""
+    for file in sorted(run.glob("state-*.pt"), reverse=True):
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest()[:16] != file.stem.split("-")[2]:
+            print(f"{file} is damaged: going back to the one before it")
+            continue
+        state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        for name, part in parts.items():
+            if hasattr(part, "named_parameters"):
+                part.load_state_dict(state[name], strict=False)
+            elif part is not None:
+                part.load_state_dict(state[name])
+        lines = [line for line in open(run / "log.jsonl") if json.loads(line).get("step", 0) <= state["step"]]
+        Path(run / "log.jsonl").write_text("".join(lines))
+        print(f"going on after step {state['step']} of {file}")
+        return state["step"]
+    print(f"{run} holds no state yet: starting at step 0")
+    return 0
 
 
 # ---- randomness ----

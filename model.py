@@ -12,12 +12,13 @@ import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
 # ---- configuration ----
@@ -107,6 +108,21 @@ def rotate(x, cos, sin):
 
 # ---- the transformer ----
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm computed in fp32 whatever the dtype of x."""
+
+    def forward(self, x):
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm computed in fp32 whatever the dtype of x."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMS-normed q and k: of x to itself, with rotary positions, or to a text."""
 
@@ -114,7 +130,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)   # over all heads, as Wan
+        self.norm_q, self.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)  # over all heads, as Wan
 
     def forward(self, x, context=None, rope=None):
         """(B, L, D) from x (B, L, D) and, across, context (B, S, D). As in Wan, zero-padded text is not masked."""
@@ -127,12 +143,10 @@ class Attention(nn.Module):
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm computed in fp32 whatever the dtype of x."""
-
-    def forward(self, x):
-        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+# What activation checkpointing keeps: attention is dear to compute again and its output is small to store.
+KEEP_ATTENTION = partial(create_selective_checkpoint_contexts, [
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")])
 
 
 def mlp(d_in, d_hidden, d_out, activation):
@@ -152,9 +166,15 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.ffn = mlp(c.dim, c.ffn_dim, c.dim, nn.GELU(approximate="tanh"))
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
+        self.checkpointing = False
 
     def forward(self, x, e, text, rope):
         """(B, L, D) from x (B, L, D), time e (B, 6, D), text (B, S, D). Norms, modulation, gates are fp32."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.layers, x, e, text, rope, use_reentrant=False, context_fn=KEEP_ATTENTION)
+        return self.layers(x, e, text, rope)
+
+    def layers(self, x, e, text, rope):
         e = self.modulation.float() + e
         shift1, scale1, gate1, shift2, scale2, gate2 = e.chunk(6, dim=1)         # (B, 1, D) each
         y = self.self_attn((self.norm1(x) * (1 + scale1) + shift1).type_as(x), rope=rope)
@@ -175,7 +195,12 @@ class Head(nn.Module):
 
     def forward(self, x, e):
         shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)    # (B, 1, D) each
-        return self.head((self.norm(x) * (1 + scale) + shift).type_as(x))
+        with torch.autocast(x.device.type, enabled=False):                       # the velocity leaves in fp32
+            return self.head((self.norm(x) * (1 + scale) + shift).to(self.head.weight.dtype))
+
+
+# Parameters that stay fp32 when the linear maps are 16 bit, by parts of their names: as official Wan.
+FP32_ISLANDS = ("norm", "modulation", "time_", "head.")
 
 
 class VideoDiT(nn.Module):
@@ -208,21 +233,24 @@ class VideoDiT(nn.Module):
         """Velocity like xt (B, C, T, H, W), from t (B,) in [0, 1] and text (B, S, text_dim).
 
         With depth=k, the hidden states (B, L, D) after the first k blocks instead. T, H and W must be
-        multiples of the patch.
+        multiples of the patch. A model whose linear maps are 16 bit computes in 16 bit autocast.
         """
-        x = self.patch_embedding(xt)                                             # (B, D, T', H', W')
-        grid = tuple(x.shape[2:])
-        x = x.flatten(2).transpose(1, 2)                                         # (B, L, D)
-        with torch.autocast(xt.device.type, enabled=False):                      # Wan keeps time in fp32
-            e = self.time_embedding(time_sinusoid(t, self.config.freq_dim))      # (B, D)
-            e6 = self.time_projection(e).unflatten(1, (6, -1))                   # (B, 6, D)
-        text = self.text_embedding(text)                                         # (B, S, D)
-        rope = rotary(grid, self.config.dim // self.config.num_heads, xt.device)
-        for block in self.blocks[:depth]:
-            x = block(x, e6, text, rope)
-        if depth is not None:
-            return x
-        x = self.head(x, e)                                                      # (B, L, patch * C)
+        dtype = self.patch_embedding.weight.dtype
+        with torch.autocast(xt.device.type, dtype, enabled=dtype != torch.float32):
+            x = self.patch_embedding(xt)                                         # (B, D, T', H', W')
+            grid = tuple(x.shape[2:])
+            x = x.flatten(2).transpose(1, 2)                                     # (B, L, D)
+            with torch.autocast(xt.device.type, enabled=False):                  # Wan keeps time in fp32
+                features = time_sinusoid(t, self.config.freq_dim).to(self.time_embedding[0].weight.dtype)
+                e = self.time_embedding(features)                                # (B, D)
+                e6 = self.time_projection(e).unflatten(1, (6, -1))               # (B, 6, D)
+            text = self.text_embedding(text)                                     # (B, S, D)
+            rope = rotary(grid, self.config.dim // self.config.num_heads, xt.device)
+            for block in self.blocks[:depth]:
+                x = block(x, e6, text, rope)
+            if depth is not None:
+                return x
+            x = self.head(x, e)                                                  # (B, L, patch * C)
         p, (T, H, W) = self.config.patch_size, grid
         x = x.view(-1, T, H, W, *p, self.config.in_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.reshape(-1, self.config.in_dim, T * p[0], H * p[1], W * p[2])
@@ -231,9 +259,9 @@ class VideoDiT(nn.Module):
     def from_pretrained(cls, path, dtype=None):
         """The model in a folder or hub repository, in diffusers' layout (or its transformer/) or official Wan's.
 
-        dtype None keeps the file's own. Tensors are mapped from the file and assigned, so there is never a
-        second copy. ValueError names missing, unexpected and misshapen weights, and an architecture other
-        than text-to-video.
+        dtype None keeps the file's own; else it is that of the linear maps, and the FP32_ISLANDS are fp32.
+        Tensors are mapped from the file and assigned, so there is never a second copy. ValueError names
+        missing, unexpected and misshapen weights, and an architecture other than text-to-video.
         """
         folder = Path(path)
         if not folder.exists():
@@ -247,7 +275,10 @@ class VideoDiT(nn.Module):
         with torch.device("meta"):
             model = cls(Config.from_dict(json.loads((folder / "config.json").read_text())))
         tensors = {to_official(k): v for file in files for k, v in read_tensors(file)[0].items()}
-        load_strict(model, tensors if dtype is None else {k: v.to(dtype) for k, v in tensors.items()}, folder)
+        if dtype is not None:
+            fp32 = lambda name: any(part in name for part in FP32_ISLANDS)
+            tensors = {k: v.to(torch.float32 if fp32(k) else dtype) for k, v in tensors.items()}
+        load_strict(model, tensors, folder)
         return model
 
     def save_pretrained(self, folder, metadata=None, dtype=None):

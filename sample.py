@@ -1,26 +1,31 @@
 """Euler sampling, classifier-free guidance and Flow-NRG; writes videos; win rates.
 
-    python sample.py --prompt "a red circle moving left"                         videos of the base model
+    python sample.py --prompt "a red circle moving left"                         videos of the toy base
     python sample.py --ckpt runs/dpo --prompt "a red circle moving left" --nrg assets/noisy --dim_w 0.5,0.5,0
     python sample.py --nrg assets/noisy --dim_w 0,0,1 --eval 512                 win rates of guidance
     python sample.py --compare runs/sft runs/rwr runs/dpo                        one table, one picture
+    python sample.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --lora lora.safetensors --prompt "a cat, asleep"
+    python sample.py --ckpt runs/dpo --prompts prompts.csv --against base --reward runs/videoreward
 
 A velocity is a function of (x, t), t a number; cfg and nrg take velocities and return one. Sampling runs from
 t = 1 (noise) to t = 0 (data): x <- x - (t - t_next) v.
 """
 import json
+import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (DIMS, FPS, FRAMES, PROMPTS, SIZE, attributes, caption_of, check_out, check_world, contact_sheet,
-                  embed_text, fail, find, oracle, overall, parse_args, rng, split_of, start_run, to_float, to_uint8,
-                  with_overall, write_json, write_video)
-from model import VideoDiT, load_lora, read_tensors, save_tensors
-from reward import LatentReward, score_clean
+from data import (DIMS, FRAMES, HERE, PROMPTS, SIZE, ShapesCodec, WanCodec, attributes, caption_of, check_clip_args,
+                  check_out, check_world, contact_sheet, embed_text, fail, find, oracle, overall, parse_args, read_table,
+                  rng, split_of, start_run, to_float, to_uint8, with_overall, write_json, write_video)
+from model import VideoDiT, load_lora, lora_disabled, read_tensors, save_tensors
+from reward import LatentReward, load_reward, score_clean, score_videos
 
 
 # ---- the sampler ----
@@ -82,46 +87,79 @@ def nrg(velocity, reward, rg_scale, dim_w=(1.0, 1.0, 1.0), max_ratio=float("inf"
 
 # ---- models and videos ----
 
-def load_model(path):
-    """The VideoDiT of a run folder, fp32, eval mode, its adapters on where it was trained with LoRA."""
-    folder = find(path, "transformer", "lora.safetensors")
+def find_model(path):
+    """The local folder at path, as given or beside this file, or path itself where it can only be a hub repository."""
+    for folder in (Path(path), HERE / path):
+        if folder.is_dir():
+            return find(folder, "transformer", "lora.safetensors", "config.json")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not Path(path).parent.is_dir() and str(path)[:5] != "runs/":
+        return path
+    fail(f"{path} does not exist: --model and --ckpt take a run folder, a Wan folder or a hub repository")
+
+
+def origin(path):
+    """(the pretrained model at the root of path, whether that is a toy of Shapes world).
+
+    An aligned run names in its config.json the model that it started from; a toy's weights name their world.
+    """
+    folder = Path(find_model(path))
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    if "args" in config and config["args"].get("loss") != "pretrain":
+        return origin(config["args"]["model"])
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    return str(folder), file.exists() and "world" in read_tensors(file)[1]
+
+
+def load_model(path, dtype=torch.float32):
+    """The VideoDiT at path, eval mode, its adapters on where it was trained with LoRA; dtype of its linear maps."""
+    folder = find_model(path)
     try:
-        if (folder / "lora.safetensors").exists():
+        if (Path(folder) / "lora.safetensors").exists():
             start = json.loads((folder / "config.json").read_text())["args"]["model"]
-            return load_lora(load_model(start), folder / "lora.safetensors").eval().requires_grad_(False)
-        file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-        check_world(read_tensors(file)[1], file)
-        return VideoDiT.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+            model = load_lora(load_model(start, dtype), folder / "lora.safetensors")
+            return model.eval().requires_grad_(False)
+        file = Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors"
+        if file.exists() and "world" in (metadata := read_tensors(file)[1]):
+            check_world(metadata, file)
+        return VideoDiT.from_pretrained(folder, dtype).eval().requires_grad_(False)
     except ValueError as e:
         fail(e)
 
 
 @torch.no_grad()
-def generate(model, prompts, seed, steps=16, shift=3.0, cfg_scale=1.0, reward=None, rg_scale=1.0, dim_w=(1, 1, 1),
-             max_ratio=float("inf"), ratios=None, batch=64):
-    """Videos (n, 3, T, H, W) in [-1, 1], on the CPU, of n prompts; the i-th noise is a function of (seed, i)."""
-    device = next(model.parameters()).device
-    videos, ts = [], timesteps(steps, shift)
+def generate(model, codec, prompts, seed, ts, size=(FRAMES, SIZE, SIZE), cfg_scale=1.0, negative="", reward=None,
+             rg_scale=1.0, dim_w=(1, 1, 1), max_ratio=float("inf"), ratios=None, batch=64):
+    """Yield (latents (C, T', H', W'), video (3, T, H, W) in [-1, 1]) of each prompt, on the CPU.
+
+    size: frames, height, width of the videos; ts: decreasing times from 1 to 0. The i-th noise is a function of
+    (seed, i).
+    """
+    device, shape = next(model.parameters()).device, codec.latent_shape(size[0], size[1:])
+    distinct = list(dict.fromkeys([*prompts, negative]))
+    texts = dict(zip(distinct, codec.embed(distinct)))
+    at = lambda x, t: t.to(x).expand(len(x))                                    # one time for the whole batch
     for i in tqdm(range(0, len(prompts), batch), desc="sampling", leave=False):
-        part = prompts[i:i + batch]
-        text = embed_text(part).to(device)
-        noise = [rng("eval", seed, i + j) for j in range(len(part))]
-        eps = torch.stack([torch.randn(3, FRAMES, SIZE, SIZE, generator=g) for g in noise]).to(device)
-        at = lambda x, t: t.to(x).expand(len(x))                                # one time for the whole batch
+        text = torch.stack([texts[p] for p in prompts[i:i + batch]]).to(device)
+        null = texts[negative].to(device).expand_as(text)
+        eps = torch.stack([torch.randn(shape, generator=rng("eval", seed, i + j)) for j in range(len(text))]).to(device)
         velocity = lambda x, t: model(x, at(x, t), text)
         if cfg_scale != 1:
-            velocity = cfg(velocity, lambda x, t: model(x, at(x, t), torch.zeros_like(text)), cfg_scale)
+            velocity = cfg(velocity, lambda x, t: model(x, at(x, t), null), cfg_scale)
         if reward is not None:
-            r = lambda x, t: reward.score(x, at(x, t), text)
-            velocity = nrg(velocity, r, rg_scale, dim_w, max_ratio, ratios)
-        videos.append(euler(velocity, eps, ts).clamp(-1, 1).cpu())
-    return torch.cat(videos)
+            velocity = nrg(velocity, lambda x, t: reward.score(x, at(x, t), text), rg_scale, dim_w, max_ratio, ratios)
+        for x in euler(velocity, eps, ts):
+            yield x.cpu(), codec.decode(x[None])[0]
+
+
+def toy_videos(model, prompts, seed, steps=16, shift=3.0, **settings):
+    """Videos (n, 3, T, H, W) in [-1, 1] of prompts of Shapes world."""
+    return torch.stack([x for _, x in generate(model, ShapesCodec(), prompts, seed, timesteps(steps, shift), **settings)])
 
 
 # ---- win rates ----
 
 def eval_prompts(n, split="eval"):
-    """n prompts: those of the split in turn."""
+    """n prompts of Shapes world: those of the split in turn."""
     names = [p for p in PROMPTS if split_of(p) == split]
     return [names[i % len(names)] for i in range(n)]
 
@@ -132,22 +170,24 @@ def win_rate(r, r_start):
     return wins / (wins + losses) if wins + losses else 0.5
 
 
+def win_rates(r, r_start):
+    """{"VQ", "MQ", "TA", "Overall"}: win rates of normalised scores r over r_start (n, 3); Overall is their mean."""
+    r, r_start = (torch.cat([x, overall(x)[:, None]], dim=1) for x in (r, r_start))
+    return {dim: round(win_rate(r[:, k], r_start[:, k]), 4) for k, dim in enumerate((*DIMS, "Overall"))}
+
+
 def evaluate(videos, start, prompts, reward=None):
-    """Win rates of videos over start, made from the same noise: by the oracle, and by the reward that
-    labelled the pairs.
+    """Win rates on Shapes world of videos over start, made from the same noise: by the oracle, and by the reward
+    that labelled the pairs.
 
     Returns {"win_rate": {"VQ", "MQ", "TA", "Overall"}, "win_rate_reward": ditto, "oracle": mean scores,
     "oracle_start", "n"}.
     """
-    names, result = (*DIMS, "Overall"), {}
     score, score_start = oracle(videos, prompts), oracle(start, prompts)
-    judges = {"win_rate": (with_overall(score), with_overall(score_start))}
+    result = {"win_rate": win_rates(with_overall(score)[:, :3], with_overall(score_start)[:, :3])}
     if reward is not None:
         text = embed_text(prompts)
-        judged = [score_clean(reward, x, text) for x in (videos, start)]
-        judges["win_rate_reward"] = [torch.cat([r, overall(r)[:, None]], dim=1) for r in judged]
-    for name, (r, r_start) in judges.items():
-        result[name] = {dim: round(win_rate(r[:, k], r_start[:, k]), 4) for k, dim in enumerate(names)}
+        result["win_rate_reward"] = win_rates(*(score_clean(reward, x, text) for x in (videos, start)))
     for name, s in (("oracle", score), ("oracle_start", score_start)):
         result[name] = {dim: round(s[:, k].mean().item(), 4) for k, dim in enumerate(DIMS)}
     return {**result, "n": len(prompts)}
@@ -194,64 +234,167 @@ def compare(runs, out):
 
 # ---- the script ----
 
+# What unset flags fall to: (the toy, Wan 2.1 1.3B at 480p by its own README).
+RECIPES = {"steps": (16, 50), "shift": (3.0, 8.0), "cfg": (4.5, 6.0), "frames": (FRAMES, 81),
+           "size": ((SIZE, SIZE), (480, 832)), "batch": (64, 1)}
+
+
 @dataclass
 class Args:
-    ckpt: str = "assets/base"               # run folder of the model
-    prompt: list = ()                       # what to draw; several prompts make several videos
-    n: int = 1                              # videos per prompt
-    steps: int = 16                         # Euler steps
-    shift: float = 3.0                      # timestep shift
-    cfg: float = 4.5                        # classifier-free guidance scale; 1 is off
+    model: str = "assets/base"              # the model: a run folder, or a Wan folder or hub repository
+    ckpt: str = ""                          # run folder of an aligned model, in place of --model
+    lora: str = ""                          # LoRA file to put on --model
+    prompt: list = ()                       # what to draw
+    prompts: str = ""                       # or a CSV or JSONL file with a column `prompt`
+    n_per_prompt: int = 1                   # videos per prompt
+    negative: str = ""                      # Wan: the prompt that guidance moves away from
+    frames: int | None = None               # Wan: frames, 4k + 1, at 16 per second
+    size: tuple | None = None               # Wan: height and width, multiples of 16
+    steps: int | None = None                # Euler steps
+    shift: float | None = None              # timestep shift
+    cfg: float | None = None                # classifier-free guidance scale; 1 is off
     nrg: str = ""                           # run folder of a noisy reward: guide by it (Flow-NRG)
     rg_scale: float = 4.0                   # strength of reward guidance, the paper's w
     dim_w: tuple = (1.0, 1.0, 1.0)          # weights of VQ, MQ, TA in the guiding reward
     max_ratio: float = 0.3                  # longest guidance, in velocity norms
+    batch: int | None = None                # videos at once
+    dtype: Literal["fp32", "bf16"] | None = None  # of the linear maps; unset: bf16 for a Wan on CUDA
     seed: int = 0                           # of the noise
-    eval: int = 0                           # instead of writing videos, win rates on this many held-out draws
-    against: str = ""                       # with --eval: the run to beat; unset, the same one unguided
-    split: str = "eval"                     # with --eval: prompts to draw, eval or val
+    eval: int = 0                           # toy: instead of writing videos, win rates on this many held-out draws
+    split: str = "eval"                     # toy, with --eval: prompts to draw, eval or val
+    against: str = ""                       # model to compare with; base: without adapters; toy, unset: unguided
+    reward: str = ""                        # with --against: run folder of the reward that judges a Wan
     compare: list = ()                      # run folders to compare by their eval.json; nothing is sampled
     out: str = "runs/sample"                # folder for the results
 
 
-def main(args):
-    """Sample, evaluate or compare; returns the videos or the result of evaluate."""
-    if args.compare:
-        return compare(args.compare, Path(find(args.compare[-1])).parent / "compare.png")
-    if not (args.prompt or args.eval):
-        fail(f"nothing to draw: give --prompt \"{PROMPTS[0]}\", --eval 512 or --compare RUN RUN")
+def file_names(args, rows):
+    """A file name without ending for each video: 000, 001, .. or, of a prompts file, `<prompt>-<i>` as VBench expects
+    (prompt_shorter where the file has that column).
+    """
+    if not args.prompts:
+        return [f"{i:03}" for i in range(len(rows) * args.n_per_prompt)]
+    shorts = [(row.get("prompt_shorter") or row["prompt"]).strip().replace("/", " ")[:180] for row in rows]
+    return [f"{short}-{i}" for short in shorts for i in range(args.n_per_prompt)]
+
+
+def read_prompts(args):
+    """[{"prompt": ..}] of the command line or the prompts file, empty ones refused by their line."""
+    if not args.prompts:
+        return [{"prompt": p} for p in args.prompt]
+    table = read_table(args.prompts)
+    if not table or "prompt" not in table[0][1]:
+        fail(f"{args.prompts} needs a column `prompt` and at least one row")
+    for line, row in table:
+        if not row["prompt"].strip():
+            fail(f"{args.prompts}, row {line} has no prompt")
+    return [row for _, row in table]
+
+
+def check(args):
+    """(rows of prompts, whether the model is the toy): fill unset flags, refuse what cannot work before loading it."""
+    if not (args.prompt or args.prompts or args.eval):
+        fail(f"nothing to draw: give --prompt \"{PROMPTS[0]}\", --prompts FILE, --eval 512 or --compare RUN RUN")
     if len(args.dim_w) != len(DIMS):
         fail(f"--dim_w takes {len(DIMS)} numbers, for {', '.join(DIMS)}; e.g. --dim_w 0.5,0.5,0")
-    try:
-        attributes(args.prompt)
-    except ValueError as e:
-        fail(e)
+    toy = origin(args.ckpt or args.model)[1]
+    for name, columns in RECIPES.items():
+        if getattr(args, name) is None:
+            setattr(args, name, columns[not toy])
+    args.dtype = args.dtype or ("fp32" if toy or not torch.cuda.is_available() else "bf16")
+    rows = read_prompts(args)
+    if toy:
+        try:
+            attributes([row["prompt"] for row in rows])
+        except ValueError as e:
+            fail(e)
+    else:
+        check_clip_args(args)
+        if args.eval:
+            fail("--eval draws prompts of Shapes world: for a Wan give --prompts FILE --against base --reward RUN")
+        if args.reward and not args.against:
+            fail("--reward judges a comparison: add --against base, or another model")
+    if args.lora and not Path(args.lora).is_file():
+        fail(f"--lora {args.lora} does not exist")
     check_out(args.out)
-    model = load_model(args.ckpt)
-    reward = LatentReward.from_pretrained(args.nrg) if args.nrg else None
-    start = load_model(args.against) if args.against else model
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for module in (model, start, reward):
-        module is not None and module.to(device)
+    return rows, toy
+
+
+def main(args):
+    """Sample, evaluate or compare; returns the result of evaluate, or the names of the files written."""
+    if args.compare:
+        return compare(args.compare, Path(find(args.compare[-1])).parent / "compare.png")
+    rows, toy = check(args)
+    device, path = "cuda" if torch.cuda.is_available() else "cpu", args.ckpt or args.model
+    dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
+    model = load_model(path, dtype)
+    if args.lora:
+        try:
+            load_lora(model, args.lora)
+        except ValueError as e:
+            fail(e)
+    model.to(device)
+    guide = LatentReward.from_pretrained(args.nrg).to(device) if args.nrg else None
+    codec = ShapesCodec() if toy else WanCodec(origin(path)[0], device)
     run, ratios = start_run(args, device), []
-    prompts = [p for p in args.prompt for _ in range(args.n)] or eval_prompts(args.eval, args.split)
-    settings = dict(seed=args.seed, steps=args.steps, shift=args.shift, cfg_scale=args.cfg)
-    videos = generate(model, prompts, **settings, reward=reward, rg_scale=args.rg_scale, dim_w=args.dim_w,
-                      max_ratio=args.max_ratio, ratios=ratios)
+    prompts = [row["prompt"] for row in rows for _ in range(args.n_per_prompt)] or eval_prompts(args.eval, args.split)
+    settings = dict(codec=codec, prompts=prompts, seed=args.seed, ts=timesteps(args.steps, args.shift), batch=args.batch,
+                    size=(args.frames, *args.size), cfg_scale=args.cfg, negative=args.negative)
+    drawn = generate(model, **settings, reward=guide, rg_scale=args.rg_scale, dim_w=args.dim_w,
+                     max_ratio=args.max_ratio, ratios=ratios)
+    if args.against == "base":
+        start = lambda: lora_disabled(model)
+    else:
+        other = load_model(args.against, dtype).to(device) if args.against else model
+        start = lambda: nullcontext(other)
+
+    if args.eval:
+        videos = torch.stack([video for _, video in drawn])
+        with start() as start_model:
+            start_videos = torch.stack([video for _, video in generate(start_model, **settings)])
+        result = evaluate(videos, start_videos, prompts)
+        report(run, result, prompts, videos, start_videos)
+    else:
+        names = file_names(args, rows)
+        latents, result = write_videos(run, names, drawn, codec.fps, toy), None
+        if args.against:
+            with start() as start_model:
+                start_latents = write_videos(run / "start", names, generate(start_model, **settings), codec.fps, toy)
+        if args.reward:
+            judge = load_reward(args.reward)
+            r, r_start = (judged(judge, folder, names, x, prompts, codec)
+                          for folder, x in ((run, latents), (run / "start", start_latents)))
+            result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "n": len(prompts)}
+            write_json(run / "eval.json", result)
+            print(table({run.name: result}))
     if ratios:
         by_step = [np.mean(ratios[k::args.steps - 1]) for k in range(args.steps - 1)]
         print("guidance / velocity, by step:", " ".join(f"{ratio:.2f}" for ratio in by_step))
-    if args.eval:
-        start_videos = generate(start, prompts, **settings)
-        result = evaluate(videos, start_videos, prompts)
-        report(run, result, prompts, videos, start_videos)
-        return result
-    score = oracle(videos, prompts)
-    for i, video in enumerate(videos):
-        write_video(run / f"{i:03}.mp4", video.repeat_interleave(8, 2).repeat_interleave(8, 3), FPS)
-    contact_sheet(run / "samples.png", [[(f"{p}  {caption_of(s)}", v)] for p, s, v in zip(prompts, score, videos)])
-    print(f"wrote {len(videos)} mp4 and samples.png to {run}")
-    return videos
+    return result
+
+
+def write_videos(folder, names, drawn, fps, toy):
+    """Write drawn (latents, video) pairs as <name>.mp4 and the first of them as samples.png; returns the latents."""
+    folder.mkdir(exist_ok=True)
+    latents, cells = [], []
+    for name, (x, video) in zip(names, drawn):
+        latents.append(x)
+        if len(cells) < 12:
+            some = np.linspace(0, video.shape[1] - 1, min(8, video.shape[1])).round()
+            cells.append([(name, video[:, some])])
+        if toy:                                                                 # 24 pixels are few to look at
+            video = video.repeat_interleave(8, 2).repeat_interleave(8, 3)
+        write_video(folder / f"{name}.mp4", video, fps)
+    contact_sheet(folder / "samples.png", cells)
+    print(f"wrote {len(latents)} mp4 and samples.png to {folder}")
+    return torch.stack(latents)
+
+
+def judged(reward, folder, names, latents, prompts, codec):
+    """Normalised scores (n, 3) of generated videos: of their latents, or of their files by a VideoReward."""
+    if isinstance(reward, LatentReward):
+        return score_clean(reward, latents, codec.embed(prompts))
+    return score_videos(reward, [folder / f"{name}.mp4" for name in names], prompts, folder / "scores.jsonl")
 
 
 if __name__ == "__main__":

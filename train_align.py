@@ -3,63 +3,85 @@
     python train_align.py --loss dpo            pairs, reward labels, Flow-DPO, held-out win rates, a picture
     python train_align.py --loss sft            (or rwr) the paper's baselines on the same videos
     python train_align.py --loss pretrain --compile --out assets/base       make the toy base again
+    python train_align.py --loss dpo --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --pairs pairs.csv      align Wan 2.1
 
-Pairs come from the renderers of Shapes world, not from the model (off-policy, as in the paper), and are
-relabelled by the reward. Departures from the paper, which aligns a 1B model with LoRA r 64, Adam 5e-6, batch
-64, one epoch of 182k pairs (Table 10): see RECIPES. Flow-RWR's weights are normalised over the optimizer
-batch and clipped (losses.flow_rwr).
+Without --pairs the model is the toy of Shapes world: pairs come from its renderers, not from the model
+(off-policy, as in the paper), and are relabelled by the reward. With --pairs it is a Wan: videos and prompts are
+encoded once into --cache, and the file's own labels decide unless --labels reward asks a reward. RECIPES holds
+what differs from the paper. --resume goes on with a run that was stopped, exactly where it was.
 """
 import copy
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
-from data import (DIMS, ORACLE_STD, RENDERERS, check_out, command, draw_noise, embed_text, fail, find,
-                  flawed_videos, log, overall, parse_args, render_as, rng, start_run, step_rows, toy_pairs, world_hash)
+from data import (DIMS, ORACLE_STD, RENDERERS, WanCodec, check_clip_args, check_out, command, ctrl_c,
+                  draw_noise, embed_text, encode, fail, find, flawed_videos, load_state, log, overall, parse_args,
+                  prefetch, read_pairs, render_as, rng, save_state, start_run, step_rows, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora
 from reward import LatentReward, score_clean
-from sample import eval_prompts, evaluate, generate, load_model, report
+from sample import eval_prompts, evaluate, find_model, load_model, report, toy_videos
 
-# What unset flags fall to; tried on the validation prompts, at one or two learning rates each.
+# What unset flags fall to. The second column is the paper's Table 10, which has one recipe for all three losses;
+# the first was tuned on validation prompts.
 RECIPES = {
-    "dpo":      dict(lr=5e-4, lora_rank=16, steps=100, batch=24, warmup=10, ema=0.0),
-    "sft":      dict(lr=1e-3, lora_rank=16, steps=100, batch=24, warmup=10, ema=0.0),
-    "rwr":      dict(lr=1e-3, lora_rank=16, steps=100, batch=24, warmup=10, ema=0.0),
-    "pretrain": dict(lr=2e-3, lora_rank=0, steps=3000, batch=24, warmup=50, ema=0.998),
+    #                toy                                    Wan
+    "lr":           ({"dpo": 5e-4, "sft": 1e-3, "rwr": 1e-3}, 5e-6),
+    "lora_rank":    (16,                                    64),
+    "lora_alpha":   (32.0,                                  128.0),
+    "steps":        (100,                                   None),              # None: one epoch
+    "batch":        (24,                                    64),
+    "accumulate":   (1,                                     64),
+    "warmup":       (10,                                    0),
+    "ema":          (0.0,                                   0.0),
+    "dtype":        ("fp32",                                "bf16"),
+    "labels":       ("reward",                              "human"),
+    "save_every":   (50,                                    100),
 }
+PRETRAIN = dict(lr=2e-3, lora_rank=0, lora_alpha=0.0, steps=3000, warmup=50, ema=0.998, save_every=500)
 
 
 @dataclass
 class Args:
     loss: Literal["dpo", "sft", "rwr", "pretrain"] = "dpo"  # the objective
-    model: str = "assets/base"              # run folder of the model to align; it is the reference too
-    labels: Literal["reward", "human", "oracle"] = "reward"  # who decides the pairs
+    model: str = "assets/base"              # the model to align: a run folder, or a Wan folder or hub repository
+    pairs: str = ""                         # CSV or JSONL of preference pairs for a Wan; unset, Shapes world's
+    labels: Literal["reward", "human", "oracle"] | None = None  # who decides the pairs; human: the file's own labels
     reward: str = "assets/reward"           # run folder of the reward that labels
     dim_w: tuple = (1.0, 1.0, 1.0)          # weights of VQ, MQ, TA in the overall reward; 0,0,1 aligns TA alone
-    n_pairs: int = 2400                     # training pairs
+    n_pairs: int = 2400                     # pairs of Shapes world
     beta: float = 500.0                     # dpo: KL strength, in units of the per-element MEAN error
     beta_schedule: Literal["constant", "(1-t)^2", "t^2", "(1-t)/t"] = "constant"  # dpo: beta over time
     tau: float = 1.0                        # rwr: temperature of the weights exp(r / tau)
     lora_rank: int | None = None            # 0 trains all weights against a frozen copy
-    lora_alpha: float | None = None         # unset: twice the rank, as the paper's 128 for 64
+    lora_alpha: float | None = None         # adapters count alpha / rank
     lr: float | None = None                 # constant after the warm-up; pretraining decays it to 0 at the end
     steps: int | None = None                # optimizer steps
     batch: int | None = None                # pairs per step; sft takes the winners of twice as many
-    accumulate: int = 1                     # parts in which a step's batch goes through the model
+    accumulate: int | None = None           # parts in which a step's batch goes through the model
     warmup: int | None = None               # steps of linear warm-up
     max_grad_norm: float = 1.0              # gradient clipping
     ema: float | None = None                # decay of the averaged weights that are saved; 0 is off
+    dtype: Literal["fp32", "bf16"] | None = None  # of the linear maps; norms, time, head and adapters are fp32
+    checkpointing: bool | None = None       # activation checkpointing; unset: for a Wan
+    compile: bool | None = None             # torch.compile the blocks; unset: for a Wan on CUDA
+    frames: int = 81                        # Wan: frames of each video, at 16 per second; 4k + 1
+    size: tuple = (480, 832)                # Wan: height and width, multiples of 16
+    cache: str = "runs/cache"               # Wan: folder of the encoded videos and prompts
+    skip_bad: bool = False                  # leave out pairs whose videos cannot be used
     seed: int = 0                           # of pairs, order, t and noise
-    compile: bool = False                   # torch.compile the blocks
-    eval_n: int = 256                       # held-out draws for the win rates
-    eval_steps: int = 16                    # Euler steps of the evaluation, without classifier-free guidance
-    split: Literal["eval", "val"] = "eval"  # prompts of the evaluation; val is for tuning
+    eval_n: int = 256                       # toy: held-out draws for the win rates
+    eval_steps: int = 16                    # toy: Euler steps of the evaluation, without classifier-free guidance
+    split: Literal["eval", "val"] = "eval"  # toy: prompts of the evaluation; val is for tuning
+    save_every: int | None = None           # steps between the states that --resume starts from
+    resume: bool = False                    # go on with the run in --out
     out: str | None = None                  # run folder; unset: runs/<loss>
 
 
@@ -71,25 +93,46 @@ def errors(model, x0, text, t, eps):
     return velocity_error(model(mix(x0, eps, t), t, text), eps - x0).view(B, K)
 
 
+def objective(args, model, reference, x0, text, t, eps, weight):
+    """(loss of each sample (B,), what to log of it (B, 2 or 4): t, loss[, gap of the winner, of the loser]).
+
+    x0 (B, K, C, T, H, W): the winner first; both share t and eps. weight (B, 2): Flow-RWR's. reference: a context
+    manager that gives the frozen model.
+    """
+    if args.loss == "dpo":
+        err_w, err_l = errors(model, x0, text, t, eps).unbind(1)
+        with torch.no_grad(), reference() as frozen:
+            err_ref_w, err_ref_l = errors(frozen, x0, text, t, eps).unbind(1)
+        loss = flow_dpo(err_w, err_l, err_ref_w, err_ref_l, beta_schedule(args.beta, t, args.beta_schedule))
+        return loss, torch.stack([t, loss, err_w - err_ref_w, err_l - err_ref_l], dim=1).detach()
+    if args.loss == "rwr":
+        loss = (weight * errors(model, x0, text, t, eps)).mean(1)
+    else:                                                                       # sft and pretrain: the first video
+        loss = flow_sft(errors(model, x0[:, :1], text, t, eps)).mean(1)
+    return loss, torch.stack([t, loss], dim=1).detach()
+
+
 def label_pairs(args, pairs, reward):
     """(usable rows, order (n, 2), r (n, 2) or None): A and B as indices, the winner first, and their scalar
     rewards in that order.
 
     By the reward or the oracle the higher weighted mean of normalised scores wins; by humans the sign of the
-    weighted sum of their labels decides, and ties are dropped.
+    weighted sum of their labels decides, or their Overall where no dimension has one, and ties are dropped.
     """
     rows, r = torch.arange(len(pairs.prompts)), None
     if args.labels == "human":
-        margin = overall(pairs.label[:, :3].nan_to_num(), args.dim_w)           # an unlabelled dimension says nothing
+        dims = pairs.label[:, :3]
+        margin = overall(dims.nan_to_num(), args.dim_w)                         # an unlabelled dimension says nothing
+        margin = torch.where(dims.isnan().all(1), pairs.label[:, 3].nan_to_num(), margin)
         rows = rows[margin != 0]
         if not len(rows):
-            fail(f"none of the {len(margin)} pairs is decided by its human labels under --dim_w {args.dim_w}")
+            fail(f"none of the {len(margin)} pairs is decided by its labels under --dim_w {args.dim_w}")
     else:
         if args.labels == "oracle":
             r = overall(pairs.score / torch.tensor(ORACLE_STD), args.dim_w)
         else:
             scores = [score_clean(reward, pairs.latents(part).flatten(0, 1), pairs.text(part).repeat_interleave(2, 0))
-                      for part in rows.split(256)]
+                      for part in rows.split(256 if pairs.files is None else 1)]
             r = overall(torch.cat(scores).view(-1, 2, len(DIMS)), args.dim_w)
         margin = r[:, 0] - r[:, 1]
     b_wins = (margin < 0).long()
@@ -99,130 +142,162 @@ def label_pairs(args, pairs, reward):
     return rows, order, None if r is None else r.gather(1, order)
 
 
-def mixture_batch(n, seed, step):
-    """A pretraining batch: flawed videos x0 (n, 1, C, T, H, W), captions (n, S, D), a tenth empty for CFG."""
-    g = rng("mixture", seed, step)
-    video, prompts, _ = flawed_videos(n, None, g)
+def pair_batch(args, pairs, order, step, ids):
+    """A micro-batch of pairs: x0 (B, 2, C, T, H, W), the winner first, text (B, S, D), t (B,), eps."""
+    x0 = pairs.latents(ids)[torch.arange(len(ids))[:, None], order[ids]]
+    return x0, pairs.text(ids), *draw_noise(x0.shape[2:], args.seed, step, ids.tolist())
+
+
+def mixture_batch(args, step, ids):
+    """A micro-batch for pretraining: flawed videos x0 (B, 1, C, T, H, W), captions, a tenth of them empty for CFG,
+    t logit-normal, eps.
+    """
+    g = rng("mixture", args.seed, step)
+    video, prompts, _ = flawed_videos(2 * args.batch, None, g)
     text = embed_text(prompts)
-    text[torch.rand(n, generator=g) < 0.1] = 0
-    return video.float()[:, None], text
+    text[torch.rand(len(text), generator=g) < 0.1] = 0
+    x0 = video.float()[ids, None]
+    return x0, text[ids], *draw_noise(x0.shape[2:], args.seed, step, ids.tolist(), logit_normal=True)
 
 
 def make_optimizers(args, model):
     """Adam on what is trainable; to pretrain, Muon on the blocks' matrices (10 times lr) and AdamW on the rest."""
-    if args.loss != "pretrain":
-        return [torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr)]
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if all(p is not q for q in matrices)]
-    return [torch.optim.Muon(matrices, lr=10 * args.lr), torch.optim.AdamW(rest, lr=args.lr, weight_decay=0)]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if args.loss == "pretrain":
+        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+        rest = [p for p in trainable if all(p is not q for q in matrices)]
+        optimizers = [torch.optim.Muon(matrices, lr=10 * args.lr), torch.optim.AdamW(rest, lr=args.lr, weight_decay=0)]
+    else:
+        optimizers = [torch.optim.Adam(trainable, lr=args.lr, fused=trainable[0].is_cuda)]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["peak"] = optimizer.param_groups[0]["lr"]
+    return optimizers
 
 
 def learning_rate_scale(args, step):
     """Linear warm-up, then constant; pretraining also falls linearly to 0 over its last 40 %."""
     fall = (args.steps - step) / (0.4 * args.steps) if args.loss == "pretrain" else 1
-    return min(1, (step + 1) / args.warmup) * min(1, fall)
+    return min(1, (step + 1) / max(args.warmup, 1)) * min(1, fall)
 
 
 def check(args):
     """Fill unset flags from the recipe and refuse what cannot work, before anything is loaded."""
-    for name, value in RECIPES[args.loss].items():
+    pretrain, wan = args.loss == "pretrain", bool(args.pairs)
+    recipe = {name: columns[wan] for name, columns in RECIPES.items()} | (PRETRAIN if pretrain else {})
+    recipe |= dict(checkpointing=wan, compile=wan and torch.cuda.is_available(), out=f"runs/{args.loss}")
+    for name, value in recipe.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.out = args.out or f"runs/{args.loss}"
-    args.lora_alpha = args.lora_alpha or 2.0 * args.lora_rank
-    if args.loss == "rwr" and args.labels == "human":
-        fail("--loss rwr weighs videos by their scores and human labels have none: use --labels reward or oracle")
+            setattr(args, name, value[args.loss] if isinstance(value, dict) else value)
     if len(args.dim_w) != len(DIMS) or not any(args.dim_w):
         fail(f"--dim_w takes {len(DIMS)} numbers, not all zero, for {', '.join(DIMS)}; e.g. --dim_w 0,0,1")
-    if args.loss != "pretrain":
-        find(args.model, "transformer", "lora.safetensors")
+    if args.loss == "rwr" and args.labels == "human":
+        fail("--loss rwr weighs videos by their scores and human labels have none: use --labels reward or oracle")
+    if wan:
+        check_clip_args(args)
+        if pretrain:
+            fail("--loss pretrain makes the toy base from Shapes world: leave --pairs out")
+        if args.labels == "oracle":
+            fail("--labels oracle knows Shapes world alone: with --pairs use human, the file's labels, or reward")
+    if not pretrain:
+        find_model(args.model)
         if args.labels == "reward":
             find(args.reward, "reward.safetensors")
     check_out(args.out)
 
 
+def policy_and_reference(args, device):
+    """(model to train, context manager that gives the frozen reference; None to pretrain).
+
+    With LoRA the reference is the model itself with its adapters off; without, a frozen copy.
+    """
+    if args.loss == "pretrain":
+        return VideoDiT(PRESETS["toy"]).to(device), None
+    start = load_model(args.model, torch.float32 if args.dtype == "fp32" else torch.bfloat16).to(device)
+    if args.lora_rank:
+        add_lora(start, args.lora_rank, args.lora_alpha)
+        return start, lambda: lora_disabled(start)
+    return copy.deepcopy(start).requires_grad_(True), lambda: nullcontext(start)
+
+
 def main(args):
-    """Train, then evaluate on held-out prompts against the start model; returns what eval.json holds."""
+    """Train, then evaluate the toy on held-out prompts against the start model; returns what eval.json holds."""
     check(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pretrain, reward = args.loss == "pretrain", None
     torch.manual_seed(args.seed)
+    pairs = read_pairs(args.pairs) if args.pairs else None                      # a bad file stops here
+    run = start_run(args, device)
+    if args.pairs:
+        pairs = encode(pairs, WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
+    elif not pretrain:
+        pairs = toy_pairs(args.n_pairs, "train", args.seed)
     if pretrain:
-        start, model = None, VideoDiT(PRESETS["toy"]).to(device)
+        load, per_step = partial(mixture_batch, args), 2 * args.batch
+        usable = torch.arange(per_step)
     else:
-        start = load_model(args.model).to(device)
-        model = copy.deepcopy(start).requires_grad_(True)
         if args.labels == "reward":
             reward = LatentReward.from_pretrained(args.reward).to(device)
-    run = start_run(args, device)
+        usable, order, r = label_pairs(args, pairs, reward)
+        load = partial(pair_batch, args, pairs, order)
+        per_step = 2 * args.batch if args.loss == "sft" else args.batch         # all see 2 x batch videos a step
+        args.steps = args.steps or -(-len(usable) // per_step)                  # one epoch
 
-    if args.lora_rank:
-        add_lora(model, args.lora_rank, args.lora_alpha)
-        reference, as_reference = model, lora_disabled                          # the model itself, its adapters off
-    else:
-        reference, as_reference = start, nullcontext                            # a frozen copy
+    model, reference = policy_and_reference(args, device)
+    for block in model.blocks:
+        block.checkpointing = args.checkpointing
     if args.compile:
         model.compile_blocks()
     average = copy.deepcopy(model) if args.ema else None
     optimizers = make_optimizers(args, model)
-    peak = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    if not pretrain:
-        pairs = toy_pairs(args.n_pairs, "train", args.seed)
-        usable, order, r = label_pairs(args, pairs, reward)
-    per_step = args.batch if args.loss in ("dpo", "rwr") else 2 * args.batch    # all see 2 x batch videos a step
+    state = {"model": model, "average": average, **{f"optimizer {i}": o for i, o in enumerate(optimizers)}}
+    first = load_state(run, state) if args.resume else 0
 
+    def parts(step):
+        """The rows of a step, in the parts that go through the model one after the other."""
+        rows = usable if pretrain else usable[step_rows(len(usable), per_step, args.seed, step)]
+        return rows.chunk(args.accumulate)
+
+    batches = prefetch(load, ((step, ids) for step in range(first, args.steps) for ids in parts(step)))
     stats, tic = [], time.time()
-    for step in (bar := trange(args.steps, desc=args.loss)):
-        for optimizer, lr in zip(optimizers, peak):
-            optimizer.param_groups[0]["lr"] = lr * learning_rate_scale(args, step)
-        rows = torch.arange(per_step)
-        if not pretrain:
-            rows = usable[step_rows(len(usable), per_step, args.seed, step)]
-        if args.loss == "rwr":                                                  # weights over the whole optimizer batch
-            weight = flow_rwr(torch.ones(2 * len(rows)), r[rows].flatten(), args.tau).view(-1, 2).to(device)
+    with ctrl_c() as stopped:
+        for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=args.loss)):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * learning_rate_scale(args, step)
+            sizes = [len(ids) for ids in parts(step)]
+            weights = [None] * len(sizes)
+            if args.loss == "rwr":                                              # over the whole optimizer batch
+                rewards = r[torch.cat(parts(step))]
+                weights = flow_rwr(torch.ones(rewards.numel()), rewards.flatten(), args.tau).view(-1, 2).to(device)
+                weights = weights.split(sizes)
 
-        for part in torch.arange(len(rows)).chunk(args.accumulate):
-            ids = rows[part]
-            if pretrain:
-                x0, text = (y[part] for y in mixture_batch(per_step, args.seed, step))
-            else:
-                x0, text = pairs.latents(ids), pairs.text(ids)                  # (B, 2, C, T, H, W), (B, S, D)
-                x0 = x0[torch.arange(len(ids))[:, None], order[ids]]            # the winner first
-            t, eps = draw_noise(x0.shape[2:], args.seed, step, ids.tolist(), logit_normal=pretrain)
-            x0, text, t, eps = (y.to(device) for y in (x0, text, t, eps))
+            for weight in weights:
+                x0, text, t, eps = (y.to(device) for y in next(batches))
+                loss, stat = objective(args, model, reference, x0, text, t, eps, weight)
+                (loss.sum() / sum(sizes)).backward()
+                stats.append(stat)
+            grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if average:
+                decay = min(args.ema, (step + 1) / (step + 10))
+                with torch.no_grad():
+                    for a, p in zip(average.parameters(), model.parameters()):
+                        a.lerp_(p, 1 - decay)
 
-            if args.loss == "dpo":
-                err_w, err_l = errors(model, x0, text, t, eps).unbind(1)        # both share t and eps
-                with torch.no_grad(), as_reference(reference):
-                    err_ref_w, err_ref_l = errors(reference, x0, text, t, eps).unbind(1)
-                beta = beta_schedule(args.beta, t, args.beta_schedule)
-                losses = flow_dpo(err_w, err_l, err_ref_w, err_ref_l, beta)
-                stats.append(torch.stack([t, losses, err_w - err_ref_w, err_l - err_ref_l], dim=1).detach())
-            else:
-                if args.loss == "rwr":
-                    losses = (weight[part] * errors(model, x0, text, t, eps)).mean(1)
-                else:                                             # sft and pretrain: the first video of a row
-                    losses = flow_sft(errors(model, x0[:, :1], text, t, eps)).mean(1)
-                stats.append(torch.stack([t, losses], dim=1).detach())
-            (losses.sum() / len(rows)).backward()
-
-        grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        if average:
-            decay = min(args.ema, (step + 1) / (step + 10))
-            with torch.no_grad():
-                for a, p in zip(average.parameters(), model.parameters()):
-                    a.lerp_(p, 1 - decay)
-        if (step + 1) % 10 == 0 or step + 1 == args.steps:
-            event = summary(torch.cat(stats).cpu())
-            shown = [k for k in ("loss", "implicit_acc", "gap_w", "gap_l") if k in event]
-            bar.set_postfix({k: f"{event[k]:.4f}" for k in shown})
-            log(run, step=step + 1, grad_norm=grad_norm.item(), seconds=round(time.time() - tic, 1), **event)
-            stats = []
-
-    return finish(args, run, average or model, start, reward)
+            done = step + 1
+            if done % 10 == 0 or done == args.steps:
+                event = summary(torch.cat(stats).cpu())
+                shown = [k for k in ("loss", "implicit_acc", "gap_w", "gap_l") if k in event]
+                bar.set_postfix({k: f"{event[k]:.4f}" for k in shown})
+                log(run, step=done, grad_norm=grad_norm.item(), seconds=round(time.time() - tic, 1), **event)
+                stats = []
+            if done < args.steps and (done % args.save_every == 0 or stopped()):
+                save_state(run, done, state)
+                if stopped():
+                    fail(f"stopped after step {done}: the same command with --resume goes on from there")
+    return finish(args, run, average or model, reference, reward)
 
 
 def summary(stats):
@@ -237,22 +312,26 @@ def summary(stats):
     return event
 
 
-def finish(args, run, model, start, reward):
-    """Save the model and evaluate it: against the start model, or, pretrained, against the videos it learnt from."""
+def finish(args, run, model, reference, reward):
+    """Save the model; evaluate a toy: against the start model, or, pretrained, against the videos it learnt from."""
     model.eval()
-    metadata = {"command": command(args), "seed": str(args.seed), "world": world_hash()}
+    metadata = {"command": command(args), "seed": str(args.seed)} | ({} if args.pairs else {"world": world_hash()})
     if args.lora_rank:
         save_lora(model, run / "lora.safetensors", metadata)
     else:
         model.save_pretrained(run / "transformer", metadata, torch.float16 if args.loss == "pretrain" else None)
+    if args.pairs:
+        print(f"wrote {run}; see and judge it: python sample.py --ckpt {run} --prompts prompts.csv --against base")
+        return None
     prompts = eval_prompts(args.eval_n, args.split)
-    videos = generate(model, prompts, args.seed, args.eval_steps)
+    videos = toy_videos(model, prompts, args.seed, args.eval_steps)
     if args.loss == "pretrain":
         g = rng("mixture", args.seed)
         who = torch.randint(len(RENDERERS), (len(prompts),), generator=g)
         start_videos = render_as(who, prompts, g).float()
     else:
-        start_videos = generate(start, prompts, args.seed, args.eval_steps)
+        with reference() as start:
+            start_videos = toy_videos(start, prompts, args.seed, args.eval_steps)
     result = evaluate(videos, start_videos, prompts, reward)
     report(run, result, prompts, videos, start_videos)
     return result
