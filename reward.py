@@ -164,10 +164,10 @@ def frame_indices(total, fps, rate=2.0, count=None):
     return torch.linspace(0, total - 1, max(2, 2 * round(n / 2))).round().long().tolist()
 
 
-def frame_size(height, width, max_pixels=MAX_PIXELS):
+def frame_size(height, width, max_pixels=MAX_PIXELS, path="the video"):
     """(height, width) to which frames are resized: multiples of 28, the area within bounds, the shape kept.
 
-    ValueError refuses what is too narrow. A bound is checked after rounding, and frames that were shrunk are
+    ValueError names a path that is too narrow. A bound is checked after rounding, and frames that were shrunk are
     not enlarged again: all as in the authors' code, since the score depends on it.
     """
     side = PATCH * MERGE
@@ -179,23 +179,29 @@ def frame_size(height, width, max_pixels=MAX_PIXELS):
         grow = math.sqrt(MIN_PIXELS / (height * width))
         h, w = (math.ceil(x * grow / side) * side for x in (height, width))
     if max(height, width) > 200 * min(height, width) or not h * w:
-        raise ValueError(f"frames of {height} x {width} are too narrow to be scored")
+        raise ValueError(f"{path} is {height} x {width}: too narrow to be scored")
     return h, w
 
 
-def patchify(frames, max_pixels=MAX_PIXELS):
-    """Qwen2-VL's patches (N, 3 * 2 * 14 * 14) of uint8 frames (T, H, W, 3), T even, and their grid (T / 2, rows,
+def patchify(frames, size):
+    """Patches (N, 3 * 2 * 14 * 14) of uint8 frames (T, H, W, 3), T even, resized to size, and their grid (T / 2, rows,
     columns).
 
     A patch spans two frames; the four that become one token follow each other.
     """
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()                    # (T, 3, H, W)
-    x = F.interpolate(x, frame_size(*x.shape[2:], max_pixels), mode="bicubic", antialias=True)
+    x = F.interpolate(x, size, mode="bicubic", antialias=True)
     x = x.round().clamp(0, 255)                                                 # whole grey levels, as in training
     x = (x / 255 - PIXEL_MEAN) / PIXEL_STD
     grid = len(x) // MERGE, x.shape[2] // PATCH, x.shape[3] // PATCH
     x = x.view(grid[0], MERGE, 3, grid[1] // MERGE, MERGE, PATCH, grid[2] // MERGE, MERGE, PATCH)
     return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).flatten(0, 4).flatten(1), torch.tensor(grid)
+
+
+def check_videos(paths):
+    """Look into each video file once: ValueError names one that can't be scored."""
+    for path in tqdm(dict.fromkeys(paths), desc="looking into videos", leave=False, disable=None):
+        frame_size(*video_info(path)[2:], path=path)
 
 
 # ---- VideoReward: the model ----
@@ -234,11 +240,9 @@ class VideoReward(nn.Module):
         """
         ids, patches, grids, s = [], [], [], self.settings
         for path, prompt in zip(paths, prompts, strict=True):
-            frames, _ = read_video(path, frame_indices(*video_info(path)[:2], s["fps"], s["num_frames"]))
-            try:
-                x, grid = patchify(frames, s["max_frame_pixels"])
-            except ValueError as e:
-                raise ValueError(f"{path}: {e}") from None
+            total, fps, *size = video_info(path)
+            frames, _ = read_video(path, frame_indices(total, fps, s["fps"], s["num_frames"]))
+            x, grid = patchify(frames, frame_size(*size, s["max_frame_pixels"], path))
             content = [{"type": "video"}, {"type": "text", "text": s["template"].format(text_prompt=prompt)}]
             chat = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                                       add_generation_prompt=True)  # with its default system turn
@@ -635,8 +639,7 @@ class Args:
 def main(args):
     """Print the scores of videos, or of a few random ones of Shapes world; returns them (B, 3)."""
     try:
-        for path in args.video:
-            video_info(path)
+        check_videos(args.video)
         vlm = is_video_reward(args.ckpt)
         if vlm and not (args.video and args.prompt):
             fail("VideoReward scores video files: name some, and with --prompt the text they were made from")

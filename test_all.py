@@ -3,6 +3,7 @@
     pytest test_all.py
 """
 import contextlib
+import csv
 import inspect
 import io
 import json
@@ -475,7 +476,7 @@ CONSTANTS = {f"{dim}_{k}": v for dim, mean in zip(DIMS, (3.7, 1.2, 2.8)) for k, 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
-    """A folder with: base/, a tiny Qwen2-VL of 700 vocabulary rows; clips a, b, c; prompt_template.py; released/, a
+    """A folder with: base/, a tiny Qwen2-VL of 700 vocabulary rows; clips a, b; prompt_template.py; released/, a
     VideoReward in the authors' layout, whole, LoRA not merged; and `truth`, the tensors in it.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -497,7 +498,7 @@ def qwen(tmp_path_factory):
     for p in model.parameters():                                                # so that every part matters to a score
         torch.nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.2)
     model.save_pretrained(root / "base")
-    write_clips(root, ["a.mp4", "b.mp4", "c.mp4"], frames=30, size=(64, 96), fps=10)
+    write_clips(root, ["a.mp4", "b.mp4"], frames=20, size=(64, 96), fps=10)
     (root / "prompt_template.py").write_text(f'raise SystemExit("ran")\n{reward.THEIR_TEMPLATE} = """{THEIRS}"""\n')
 
     own = reward.VideoReward.from_base(str(root / "base")).trainable()
@@ -615,7 +616,7 @@ def test_the_input_is_the_default_system_turn_the_video_and_the_prompt(qwen):
     said = own.tokenizer.decode(ids[0]).replace("<|video_pad|>" * (len(patches) // 4), "<|video_pad|>")
     assert said == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
                     + THEIRS.replace("{text_prompt}", "a cat").replace("{{it}}", "{it}") + "<|im_end|>\n<|im_start|>assistant\n")
-    assert grids.tolist() == [[3, 20, 28]]                                      # 6 frames of 280 x 392: 3 s at 2 a second
+    assert grids.tolist() == [[2, 20, 28]]                                      # 4 frames of 280 x 392: 2 s at 2 a second
     with pytest.raises(ValueError, match="special token"):
         own.inputs(clips(qwen, "a"), ["a cat <|TA_reward|>"])
 
@@ -634,8 +635,8 @@ def test_frame_sizes_follow_the_authors_bounds():
     assert reward.frame_size(300, 310, max_pixels=64 * 28 * 28) == (196, 224)  # shrunk, never enlarged again
     assert reward.frame_size(100, 100, max_pixels=20_000) == (336, 336)         # enlarged past its own bound
     for size, most in (((10, 3000), 200704), ((30, 4000), 20000)):
-        with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} are too narrow"):
-            reward.frame_size(*size, most)
+        with pytest.raises(ValueError, match=f"v.mp4 is {size[0]} x {size[1]}"):
+            reward.frame_size(*size, most, "v.mp4")
 
 
 def test_patches_are_those_of_transformers_own_processor():
@@ -646,15 +647,15 @@ def test_patches_are_those_of_transformers_own_processor():
     frames = g.integers(0, 256, (2, 280, 364, 3), dtype=np.uint8)               # no resize: 101,920 pixels
     processor = Qwen2VLImageProcessorPil(min_pixels=reward.MIN_PIXELS, max_pixels=reward.MAX_PIXELS)
     out = processor(Image.fromarray(frames[0]), return_tensors="pt")
-    x, grid = reward.patchify(frames[[0, 0]])
+    x, grid = reward.patchify(frames[[0, 0]], (280, 364))
     assert torch.allclose(x, out["pixel_values"], atol=1e-5) and grid.tolist() == out["image_grid_thw"][0].tolist()
-    x, grid = reward.patchify(frames)
+    x, grid = reward.patchify(frames, (280, 364))
     x = x.view(-1, 3, 2, 14, 14) * reward.PIXEL_STD[None, :, None] + reward.PIXEL_MEAN[None, :, None]
     for n in (0, 1, 2, 3, 4, 200, 519):                                         # patch n: token n // 4, corner n % 4 of it
         row, column = n // 4 // 13 * 2 + n % 4 // 2, n // 4 % 13 * 2 + n % 2
         seen = frames[:, row * 14:row * 14 + 14, column * 14:column * 14 + 14].transpose(3, 0, 1, 2) / 255
         assert np.abs(x[n].numpy() - seen).max() < 1e-5, n
-    x, _ = reward.patchify(g.integers(0, 256, (2, 97, 131, 3), dtype=np.uint8))
+    x, _ = reward.patchify(g.integers(0, 256, (2, 97, 131, 3), dtype=np.uint8), (280, 364))
     grey = (x.view(-1, 3, 2, 14, 14) * reward.PIXEL_STD[None, :, None] + reward.PIXEL_MEAN[None, :, None]) * 255
     assert (grey - grey.round()).abs().max() < 1e-3 and grey.min() > -0.01 and grey.max() < 255.01
 
@@ -714,6 +715,120 @@ def test_interrupted_scoring_goes_on_and_nothing_is_scored_twice(qwen, tmp_path,
     assert other.identity != own.identity and (reward.score_videos(other, videos, prompts, cache) - plain).abs().max() > 1e-6
     with pytest.raises(ValueError, match="gone.mp4"):
         reward.score_videos(own, [tmp_path / "gone.mp4"], ["x"], cache)
+
+
+def prefs(qwen, path, mos=True):
+    """A file of pairs in the authors' format: a beats b on VQ and TA whatever the prompt, MQ is unlabelled or a tie."""
+    lines = ["path_A,path_B,prompt,VQ,MQ,TA" + ",MOS_A_VQ,MOS_B_VQ" * mos]
+    for i in range(8):
+        a, b, label = ("a", "b", "A") if i % 2 else ("b", "a", "B")
+        lines.append(f"{a}.mp4,{b}.mp4,prompt {i},{label},{'same' if i == 3 else 'invalid'},{label}" + (",5,1" if i % 2 else ",1,5") * mos)
+    (qwen[0] / path).write_text("\n".join(lines) + "\n")
+    return str(qwen[0] / path)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(loss="bt", reward_token="last"), dict(loss="regression")], ids=["btt", "bt last", "regression"])
+def test_training_a_video_reward_lowers_its_loss_and_moves_only_what_the_paper_trains(qwen, changes, tmp_path):
+    pairs, base = prefs(qwen, "prefs.csv"), str(qwen[0] / "base")
+    args = train_reward.Args(model=base, pairs=pairs, steps=8, batch=2, accumulate=2, lr=2e-3, out=str(tmp_path / "run"), **changes)
+    result = train_reward.main(args)
+    assert result["loss_last"] < result["loss_first"] and result["n"] == 1 and set(result["reward"]) == {"VQ", "TA"}
+    saved, _ = model_file.read_tensors(tmp_path / "run" / "reward.safetensors")
+    torch.manual_seed(0)
+    before = reward.VideoReward.from_base(base, args.reward_token).trainable().state_dict()
+    moved = {k for k in before if not torch.equal(before[k], saved[k])}
+    assert set(saved) == set(before)
+    assert moved == {k for k in before if "lora" in k or "visual" in k or k in ("rm_head.weight", "rows")[:2 - ("last" in changes.values())]}
+    assert before["rows"].shape == ((0 if "last" in changes.values() else 3), 32)
+
+    again, memory = reward.VideoReward.from_pretrained(tmp_path / "run"), reward.VideoReward.from_base(base, args.reward_token).trainable().eval()
+    memory.load_state_dict(saved)
+    raw = memory.score(clips(qwen, "a", "b"), ["p", "q"], normalise=False)
+    assert torch.allclose(again.score(clips(qwen, "a", "b"), ["p", "q"], normalise=False), raw, atol=1e-5)
+    assert torch.allclose(again.score(clips(qwen, "a", "b"), ["p", "q"]), (raw - again.mean) / again.std, atol=1e-4)
+
+
+def test_a_step_in_parts_is_a_step_in_one(qwen, tmp_path):
+    for name, parts in (("one", 1), ("two", 2)):
+        train_reward.main(train_reward.Args(model=str(qwen[0] / "base"), pairs=prefs(qwen, "prefs.csv"), steps=1, batch=2, accumulate=parts, lr=1e-3,
+                                            out=str(tmp_path / name)))
+    one, two = (json.loads((tmp_path / name / "log.jsonl").read_text()) for name in ("one", "two"))
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-4) and one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+
+
+def test_the_benchmark_counts_what_is_labelled_and_writes_every_pair(qwen, tmp_path, capsys):
+    args = train_reward.Args(eval=str(qwen[0] / "released"), template=str(qwen[0] / "prompt_template.py"), pairs=prefs(qwen, "prefs.csv"),
+                             cache=str(tmp_path / "scores.jsonl"), out=str(tmp_path / "eval"))
+    result = train_reward.main(args)
+    own = released(qwen)
+    better = own.score(clips(qwen, "a", "b"), ["", ""])[:, 0]
+    assert result["reward"]["VQ"]["without"] == float(better[0] > better[1]) and set(result["reward"]) == {*DIMS}
+    assert np.isnan(result["reward"]["MQ"]["without"]) and result["reward"]["MQ"]["with"] == 1.0        # its one label is a tie
+    assert len((tmp_path / "scores.jsonl").read_text().split()) > 0 and "| the paper's, VideoGen-RewardBench | 75.7 / 59.7 |" in capsys.readouterr().out
+    rows = list(csv.DictReader(open(tmp_path / "eval" / "pairs.csv")))
+    assert len(rows) == 8 and rows[0]["VQ"] == "B" and rows[0]["MQ"] == "" and float(rows[1]["score_A_VQ"]) == pytest.approx(better[0].item(), abs=1e-3)
+    (qwen[0] / "genai.csv").write_text("prompt,left_model,left_video,right_model,right_video,vote_type\nprompt 1,x,a.mp4,y,b.mp4,leftvote\n")
+    result = train_reward.main(replace(args, pairs=str(qwen[0] / "genai.csv")))
+    assert set(result["reward"]) == set(result["TA alone"]) == {"Overall"} and "| 72.9 / 49.4 |" in capsys.readouterr().out
+
+
+def test_the_command_line_scores_videos_and_says_that_negative_is_normal(qwen, capsys):
+    own, videos = released(qwen), [str(v) for v in clips(qwen, "a", "b")]
+    args = reward.Args(video=videos, prompt="a cat", ckpt=str(qwen[0] / "released"), template=str(qwen[0] / "prompt_template.py"))
+    assert torch.allclose(reward.main(args), own.score(videos, ["a cat"] * 2)) and "negative is normal" in capsys.readouterr().out
+    own.mean.fill_(float("nan"))
+    assert torch.equal(own.score(videos, ["a cat"] * 2), own.score(videos, ["a cat"] * 2, normalise=False))
+    own.score(videos[:1], ["a cat"])
+    assert capsys.readouterr().out.count("no normalisation constants") == 1
+
+
+BAD_QWEN = [
+    (reward, "--video {clip} --prompt p --ckpt {released}", "KwaiVGI/VideoAlign"),
+    (reward, "--video {clip} --prompt p --ckpt {released} --template {base}/config.json", "must set DETAILED_PROMPT"),
+    (reward, "--video {clip} --ckpt {released}", "--prompt"),
+    (reward, "--video {clip} --prompt p --ckpt nobody/nothing", "does not exist"),
+    (reward, "--video {clip} --prompt p --ckpt {base}", "finished run"),
+    (reward, "--video {clip} --prompt p --ckpt {released} --template {template} --base {root}/released", "is not a Qwen2-VL"),
+    (reward, "--video {clip} --prompt p --ckpt {odd} --template {template}", "sample_type = 'multi_pts'"),
+    (reward, "--video {clip} --prompt p --ckpt {cut} --template {template}", "model.pth cannot be read"),
+    (reward, "--video {clip} --prompt p --ckpt {short} --template {template}", "does not fit the model: missing"),
+    (reward, "--video {clip} --prompt p --ckpt {evil} --template {template}", "model.pth cannot be read"),
+    (train_reward, "--model {base}", "with --pairs"),
+    (train_reward, "--pairs {prefs}", "--model"),
+    (train_reward, "--model {base} --pairs {plain} --loss regression", "MOS_A_VQ"),
+    (train_reward, "--model {base} --pairs {broken}", "text.mp4 cannot be read as a video"),
+    (train_reward, "--eval {released} --template {template}", "with --pairs"),
+    (train_reward, "--eval {released} --pairs {prefs}", "KwaiVGI/VideoAlign"),
+    (train_reward, "--eval nobody/nothing --pairs {prefs}", "does not exist"),
+]
+
+
+@pytest.mark.parametrize("script, argv, says", BAD_QWEN, ids=[f"{s.__name__} {a}" for s, a, _ in BAD_QWEN])
+def test_bad_input_of_a_video_reward_ends_in_one_line_and_status_2(script, argv, says, qwen, tmp_path, capsys):
+    root, truth = qwen
+    names = dict(root=root, base=root / "base", released=root / "released", clip=root / "a.mp4", template=root / "prompt_template.py",
+                 prefs=prefs(qwen, "prefs.csv"), plain=prefs(qwen, "plain.csv", mos=False), broken=root / "broken.csv")
+    (root / "text.mp4").write_text("no video")
+    (root / "broken.csv").write_text("path_A,path_B,prompt,VQ\na.mp4,text.mp4,p,A\n")
+    for name in ("odd", "cut", "short", "evil"):
+        names[name] = shutil.copytree(root / "released", tmp_path / name)
+        file = tmp_path / name / "checkpoint-30" / "model.pth"
+        if name == "odd":
+            config = tmp_path / name / "model_config.json"
+            config.write_text(config.read_text().replace("uniform", "multi_pts"))
+        elif name == "cut":
+            file.write_bytes(file.read_bytes()[:1000])
+        else:
+            torch.save({} if name == "short" else {"x": Path("a class that no tensor file needs")}, file)
+    with pytest.raises(SystemExit) as stop:
+        script.main(data.parse_args(script.Args, script.__doc__, shlex.split(argv.format(**names)) + ["--out", str(tmp_path / "run")] * (script is train_reward)))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(said) == 1 and said[0].startswith("error:") and says in said[0], said
+
+
+def test_importing_reward_needs_neither_transformers_nor_av():
+    code = "import sys, reward; assert not {'transformers', 'av', 'huggingface_hub'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
 
 
 # ---- scripts ----
