@@ -315,9 +315,12 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model, rank, alpha, targets=("q", "k", "v", "o")):
-    """Freeze the model and put adapters on the linear layers of its blocks with these names; returns the model."""
+    """Freeze the model and put adapters on the linear layers of its blocks with these names; returns the model.
+
+    A model without `blocks`, such as a language model, is searched as a whole.
+    """
     model.requires_grad_(False)
-    for parent in list(model.blocks.modules()):
+    for parent in list(getattr(model, "blocks", model).modules()):
         for name, child in list(parent.named_children()):
             if name in targets and isinstance(child, nn.Linear):
                 setattr(parent, name, LoRALinear(child, rank, alpha))

@@ -2,24 +2,37 @@
 judge them.
 
     python reward.py                                                      the toy reward beside the oracle
-    python reward.py --video a.mp4 --prompt "a red circle moving left"    the scores of a video
+    python reward.py --video a.mp4 --prompt "a red circle moving left"    the scores of a video (--video may be left out)
+    python reward.py --video a.mp4 --prompt "a dog runs" --ckpt KwaiVGI/VideoReward --template prompt_template.py
 
-LatentReward is the paper's noisy-latent reward (Sec. 4.4, Table 11): the first few blocks of the video DiT
-and a head with three outputs, told the time t. Trained at t = 0 it is the labeller of the toy world; trained
-at all t it guides sampling. Scores are z-normalised on a validation set: 0 is an average video, negative is
-below average, not wrong.
+VideoReward is the paper's reward model (Sec. 3): Qwen2-VL reads the video, a rubric and the prompt, and a linear
+map turns what it thinks at three special tokens into VQ, MQ and TA. LatentReward is the noisy-latent reward (Sec.
+4.4, Table 11): the first few blocks of the video DiT and a head with three outputs, told the time t. Trained at
+t = 0 it is the labeller of the toy world; trained at all t it guides sampling. Scores are z-normalised on a
+validation set: 0 is an average video, negative is below average, not wrong.
 """
+import ast
+import hashlib
 import json
+import math
+import os
+import pickle
+import re
+import string
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from data import (DIMS, FRAMES, SIZE, caption_of, check_world, embed_text, fail, find, flawed_videos, oracle,
-                  parse_args, read_video, rng, to_float)
-from model import Config, LayerNorm, VideoDiT, load_strict, read_tensors, save_tensors
+from data import (DIMS, FRAMES, HERE, SIZE, caption_of, check_world, embed_text, fail, find, flawed_videos, oracle,
+                  overall, parse_args, read_video, rng, to_float, video_info, write_json)
+from model import Config, LayerNorm, VideoDiT, add_lora, load_strict, read_tensors, save_tensors
 
 
 # ---- the latent reward ----
@@ -86,6 +99,484 @@ def score_clean(reward, x0, text, batch=64):
     return torch.cat([reward.score(x.to(device), clean(x), y.to(device)).cpu() for x, y in parts])
 
 
+# ---- VideoReward: what it is asked ----
+
+TOKENS = tuple(f"<|{dim}_reward|>" for dim in DIMS)     # the scores are read where these stand, in this order
+# Attention is causal: VQ and MQ are read before the prompt is told, so that they can't depend on it.
+RUBRIC = """A model made this video from a text. Rate it on three scales from 0 (useless) to 10 (flawless). Keep the \
+scales apart: a fault counts on its own scale and on no other.
+
+Visual quality: how do the single frames look, whatever they are meant to show?
+- Form: things and bodies are built as they should be, with no part missing, doubled or melted into another.
+- Clarity: edges are sharp and textures resolved, without blur, noise, blocks or ghosts.
+- Beauty: light, colour and composition please the eye.
+- Safety: nothing in it is cruel, indecent or frightening.
+Visual quality: <|VQ_reward|>
+
+Motion quality: how does the picture change from frame to frame, whatever it is meant to show?
+- Steadiness: what moves keeps its form and identity, and nothing flickers, pops up or vanishes.
+- Nature: bodies and objects move as anatomy and physics allow, at a credible speed.
+- Amount: something happens; a video that stands still is rated low.
+- Clarity: moving parts stay crisp and belong to their surroundings.
+Motion quality: <|MQ_reward|>
+
+Text alignment: does the video show what the text asks for?
+- Content: the subjects, how many they are, how they look and what they do.
+- Setting: place, time, weather and mood.
+- Manner: the style of the picture, the view and the movement of the camera.
+The text: {text_prompt}
+Text alignment: <|TA_reward|>"""
+THEIR_TEMPLATE = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
+
+
+def read_template(path):
+    """The prompt of the released checkpoint: a string constant in the authors' prompt_template.py, which is
+    parsed and never executed.
+    """
+    try:
+        found = [ast.literal_eval(node.value) for node in ast.parse(Path(path).read_text(encoding="utf-8")).body
+                 if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == THEIR_TEMPLATE for t in node.targets)]
+        fields = [field for text in found for _, field, _, _ in string.Formatter().parse(text) if field is not None]
+    except (OSError, SyntaxError, ValueError, TypeError) as e:
+        raise ValueError(f"--template {path} cannot be read: {e}") from None
+    marks = (*TOKENS[:2], "{text_prompt}", TOKENS[2])                           # each once and in this order
+    if not found or fields != ["text_prompt"] or re.findall("|".join(map(re.escape, marks)), found[-1]) != [*marks]:
+        raise ValueError(f"--template {path} must set {THEIR_TEMPLATE} to a string with {', '.join(marks)} in this order")
+    return found[-1]
+
+
+# ---- VideoReward: what it sees ----
+
+PATCH, MERGE = 14, 2                        # pixels of a patch, and patches (also frames) that are merged, each way
+MIN_PIXELS, MAX_PIXELS = 100_352, 200_704   # of a frame: 128 and 256 tokens of 28 x 28
+PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)    # CLIP's
+PIXEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
+def frame_indices(total, fps, rate=2.0, count=None):
+    """Which of a video's frames are looked at: an even number, from the first to the last at equal steps.
+
+    About rate a second, 4 to 768, or count. A single frame is shown twice. Python's round goes to even
+    halves, as in the authors' code: 60 frames give 4 at 24 fps and 6 at 23.976.
+    """
+    most = min(768, total) // 2 * 2
+    n = min(count or max(total / fps * rate, 4), most)
+    return torch.linspace(0, total - 1, max(2, 2 * round(n / 2))).round().long().tolist()
+
+
+def frame_size(height, width, max_pixels=MAX_PIXELS, path="the video"):
+    """(height, width) to which frames are resized: multiples of 28, the area within bounds, the shape kept.
+
+    ValueError names a path that is too narrow. A bound is checked after rounding, and frames that were shrunk are
+    not enlarged again: all as in the authors' code, since the score depends on it.
+    """
+    side = PATCH * MERGE
+    h, w = (round(x / side) * side for x in (height, width))
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h, w = (math.floor(x / shrink / side) * side for x in (height, width))
+    elif h * w < MIN_PIXELS:
+        grow = math.sqrt(MIN_PIXELS / (height * width))
+        h, w = (math.ceil(x * grow / side) * side for x in (height, width))
+    if max(height, width) > 200 * min(height, width) or not h * w:
+        raise ValueError(f"{path} is {height} x {width}: too narrow to be scored")
+    return h, w
+
+
+def patchify(frames, size):
+    """Patches (N, 3 * 2 * 14 * 14) of uint8 frames (T, H, W, 3), T even, resized to size, and their grid (T / 2, rows,
+    columns).
+
+    A patch spans two frames; the four that become one token follow each other.
+    """
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()                    # (T, 3, H, W)
+    x = F.interpolate(x, size, mode="bicubic", antialias=True)
+    x = x.round().clamp(0, 255)                                                 # whole grey levels, as in training
+    x = (x / 255 - PIXEL_MEAN) / PIXEL_STD
+    grid = len(x) // MERGE, x.shape[2] // PATCH, x.shape[3] // PATCH
+    x = x.view(grid[0], MERGE, 3, grid[1] // MERGE, MERGE, PATCH, grid[2] // MERGE, MERGE, PATCH)
+    return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).flatten(0, 4).flatten(1), torch.tensor(grid)
+
+
+def check_videos(paths):
+    """Look into each video file once: ValueError names one that can't be scored."""
+    for path in tqdm(dict.fromkeys(paths), desc="looking into videos", leave=False, disable=None):
+        frame_size(*video_info(path)[2:], path=path)
+
+
+# ---- VideoReward: the model ----
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")     # those that get LoRA
+SETTINGS = dict(fps=2.0, num_frames=None, max_frame_pixels=MAX_PIXELS, sample_type="uniform", output_dim=1,
+                reward_token="special", lora_r=64, lora_alpha=128, use_rslora=False)
+
+
+class VideoReward(nn.Module):
+    """The paper's VideoReward: Qwen2-VL with a bias-free linear head, read at three special tokens. Sec. 3.2.
+
+    settings: SETTINGS and "template", the text with a {text_prompt} in it that follows the video.
+    """
+
+    def __init__(self, config, tokenizer, settings):
+        super().__init__()
+        from transformers import Qwen2VLModel
+        from transformers.initialization import no_init_weights
+        self.tokenizer, self.settings, self.identity = tokenizer, settings, None
+        self.token_ids = tokenizer.convert_tokens_to_ids(TOKENS) if settings["reward_token"] == "special" else []
+        self.video_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+        config.text_config.vocab_size = len(tokenizer)                          # Qwen's spare rows go
+        with no_init_weights():                                                 # all weights come from files
+            self.qwen = Qwen2VLModel(config)
+        width = config.text_config.hidden_size
+        self.rows = nn.Parameter(torch.zeros(len(self.token_ids), width))       # the special tokens' embeddings
+        self.rm_head = nn.Linear(width, settings["output_dim"], bias=False)
+        self.register_buffer("mean", torch.full((len(DIMS),), math.nan), persistent=False)     # nan: none are known
+        self.register_buffer("std", torch.full((len(DIMS),), math.nan), persistent=False)
+
+    def inputs(self, paths, prompts):
+        """What forward takes: token ids and mask (B, L), padded right, patches (N, 1176) of all videos, grids (B, 3).
+
+        ValueError names a video that can't be scored, or a prompt with a special token in it.
+        """
+        ids, patches, grids, s = [], [], [], self.settings
+        for path, prompt in zip(paths, prompts, strict=True):
+            total, fps, *size = video_info(path)
+            frames, _ = read_video(path, frame_indices(total, fps, s["fps"], s["num_frames"]))
+            x, grid = patchify(frames, frame_size(*size, s["max_frame_pixels"], path))
+            content = [{"type": "video"}, {"type": "text", "text": s["template"].format(text_prompt=prompt)}]
+            chat = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                      add_generation_prompt=True)  # with its default system turn
+            places = len(x) // MERGE**2                                         # one token for each merged patch
+            text = chat.replace("<|video_pad|>", "<|video_pad|>" * places, 1)
+            ids.append(torch.tensor(self.tokenizer(text).input_ids))
+            patches.append(x)
+            grids.append(grid)
+            if [(ids[-1] == i).sum() for i in (self.video_id, *self.token_ids)] != [places] + [1] * len(self.token_ids):
+                raise ValueError(f"the prompt '{prompt}' holds a special token, such as {TOKENS[0]}: leave it out")
+        mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True)
+        return pad_sequence(ids, batch_first=True), mask, torch.cat(patches), torch.stack(grids)
+
+    def forward(self, ids, mask, patches, grids):
+        """Raw scores (B, 3) fp32 of what `inputs` returns."""
+        text, (B, L) = self.qwen.language_model, ids.shape
+        x = text.embed_tokens(ids)                                              # (B, L, D)
+        for i, row in zip(self.token_ids, self.rows):
+            x = torch.where((ids == i)[..., None], row.type_as(x), x)
+        seen = self.qwen.visual(patches.to(self.qwen.visual.dtype), grid_thw=grids).pooler_output
+        x = x.masked_scatter((ids == self.video_id)[..., None], seen.type_as(x))
+        # Plain positions 0..L-1 on all three rotary axes, and not Qwen2-VL's row, column and time for the video
+        # tokens: the authors hand embeddings to the language model, whose transformers of the time then counted
+        # plainly, in training and after. With the others the released weights give other scores.
+        positions = torch.arange(L, device=ids.device).expand(3, B, L)
+        h = text(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state.float()
+        rows, length = torch.arange(B, device=ids.device), mask.sum(1)
+        if self.token_ids:
+            at = torch.stack([(ids == i).int().argmax(1) for i in self.token_ids], dim=1)      # (B, 3)
+            r = self.rm_head(h[rows[:, None], at])                              # (B, 3, 1) or (B, 3, 3)
+            return r[..., 0] if r.shape[-1] == 1 else r.diagonal(dim1=1, dim2=2)
+        if self.settings["reward_token"] == "last":
+            return self.rm_head(h[rows, length - 1])
+        before = torch.arange(L, device=ids.device) < length[:, None] - 1       # mean: without the last, as the authors
+        return self.rm_head((h * before[..., None]).sum(1) / before.sum(1, keepdim=True))
+
+    @torch.no_grad()
+    def score(self, paths, prompts, normalise=True, batch=4):
+        """Scores (B, 3) of video files and their prompts, z-normalised with the checkpoint's constants or raw."""
+        device, parts = self.mean.device, range(0, len(paths), batch)
+        r = [self(*(x.to(device) for x in self.inputs(paths[i:i + batch], prompts[i:i + batch]))) for i in parts]
+        return self.normalised(torch.cat(r).cpu()) if normalise else torch.cat(r).cpu()
+
+    def normalised(self, r):
+        """Raw scores r (B, 3) as z-scores; raw, which is said once, where the checkpoint has no constants."""
+        if self.mean.isnan().any():
+            if not getattr(self, "said", False):
+                print("the checkpoint has no normalisation constants: these scores are raw")
+            self.said = True
+            return r
+        return (r - self.mean.cpu()) / self.std.cpu()
+
+    def trainable(self):
+        """Make trainable what the paper trains, in fp32, since steps of 2e-6 vanish in bf16: all of the vision tower
+        and merger, LoRA on the language model's linear layers, the head and the three embedding rows.
+
+        The rest keeps its dtype. Returns the model in training mode, with activation checkpointing.
+        """
+        self.requires_grad_(True)
+        add_lora(self.qwen.language_model, self.settings["lora_r"], self.settings["lora_alpha"], LINEARS)
+        self.qwen.visual.float()
+        self.qwen.activation_checkpointing_enable({"use_reentrant": False})
+        return self.train()
+
+    def save(self, folder, metadata):
+        """Write a folder that from_pretrained reads: unmerged weights, settings and constants, and in base/ what
+        the Qwen2-VL is.
+        """
+        save_tensors(self.state_dict(), folder / "reward.safetensors", metadata)
+        constants = {f"{dim}_{k}": v for k in ("mean", "std") for dim, v in zip(DIMS, getattr(self, k).tolist())}
+        write_json(folder / "model_config.json", {"settings": self.settings} | (
+            {} if self.mean.isnan().any() else {"inference_config": constants}))
+        self.qwen.config.save_pretrained(folder / "base")
+        self.tokenizer.save_pretrained(folder / "base")
+
+    def load(self, tensors, source, dtype):
+        """Take these tensors, LoRA merged, as weights: Qwen2-VL in dtype, head and rows in fp32; source: their name."""
+        self.identity = fingerprint(tensors, self.settings, dtype)
+        merge_lora(tensors, self.settings)
+        if len(tensors.get(EMBEDDING, ())) == len(self.tokenizer):
+            tensors.setdefault("rows", tensors[EMBEDDING][self.token_ids])
+        load_strict(self, {k: v.to(dtype if k.startswith("qwen.") else torch.float32) for k, v in tensors.items()}, source)
+        return self
+
+    @classmethod
+    def from_base(cls, base, reward_token="special", template=None):
+        """An untrained VideoReward on a Qwen2-VL folder or hub repository: a new head, and new tokens if special."""
+        try:
+            text = read_template(template) if template else RUBRIC
+            settings = SETTINGS | {"reward_token": reward_token, "template": text}
+            if reward_token != "special":                                       # Table 6, row III: one place for all
+                settings |= {"output_dim": len(DIMS), "template": re.sub("|".join(map(re.escape, TOKENS)), "", text)}
+            folder = fetch(base, [*BASE_FILES, "*.safetensors"])
+            config, tokenizer = read_base(folder, folder, reward_token == "special")
+            reward = cls(config, tokenizer, settings)
+            nn.init.normal_(reward.rm_head.weight, std=0.02)
+            tensors = {**read_base_weights(folder, len(tokenizer)), "rm_head.weight": reward.rm_head.weight.detach()}
+            return reward.load(tensors, base, default_dtype())
+        except ValueError as e:
+            fail(e)
+
+    @classmethod
+    def from_pretrained(cls, checkpoint, base=None, template=None, dtype=None):
+        """The VideoReward of a folder or hub repository, its LoRA merged, in eval mode.
+
+        Read are the authors' layout, model_config.json beside checkpoint-<step>/ (the highest, unless the folder
+        of a step is named), whole or as adapter, and what save writes. base: the Qwen2-VL, where the one that
+        model_config.json names should not be used; template: the file for read_template; dtype: unset, fp32 on a
+        CPU and bf16 beside a GPU.
+        """
+        try:
+            folder, step = locate(checkpoint)
+            settings, named, constants = read_settings(folder, template)
+            own = folder / "base" if (folder / "base").is_dir() else None
+            whole = (step / "reward.safetensors").exists() or (step / "model.pth").exists()
+            base = fetch(base or own or named, BASE_FILES if whole else [*BASE_FILES, "*.safetensors"])
+            words = step / "tokenizer" if (step / "tokenizer").is_dir() else base
+            config, tokenizer = read_base(base, words, settings["reward_token"] == "special")
+            if (step / "reward.safetensors").exists():
+                tensors = our_names(read_tensors(step / "reward.safetensors")[0])
+            elif whole:
+                tensors = our_names(unpickle(step / "model.pth"))
+            else:                                       # the later wins: an adapter may hold the embeddings as well
+                tensors = {**read_base_weights(base, len(tokenizer)), **our_names(unpickle(step / "non_lora_state_dict.pth")),
+                           **our_names(read_tensors(step / "adapter_model.safetensors")[0])}
+            reward = cls(config, tokenizer, settings).load(tensors, step, dtype or default_dtype())
+        except ValueError as e:
+            fail(e)
+        if constants:
+            reward.mean.copy_(torch.tensor(constants[0]))
+            reward.std.copy_(torch.tensor(constants[1]))
+        return reward.eval().requires_grad_(False)
+
+
+# ---- VideoReward: what its files hold ----
+
+EMBEDDING = "qwen.language_model.embed_tokens.weight"
+BASE_FILES = ["config.json", "*token*", "vocab.json", "merges.txt", "chat_template*"]
+CHECKPOINT_FILES = ["model_config.json", "checkpoint-*/*.safetensors", "checkpoint-*/model.pth",
+                    "checkpoint-*/non_lora_state_dict.pth", "checkpoint-*/tokenizer/*", "reward.safetensors", "base/*"]
+
+
+def default_dtype():
+    """bf16 beside a GPU, else fp32."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def fetch(name, wanted):
+    """The folder at name, as given or beside this file; else the wanted files of the hub repository of that name."""
+    if Path(name).is_absolute() or Path(name).exists() or (HERE / name).exists():
+        return find(name)
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=wanted))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{name} does not exist, and the hub has no such repository or can't be reached: "
+                         f"{str(e).splitlines()[0]}") from None
+
+
+def is_qwen(name):
+    """Whether the folder or hub repository of this name is a Qwen2-VL. ValueError where there is none."""
+    config = fetch(name, ["config.json"]) / "config.json"
+    return config.is_file() and read_json(config).get("model_type") == "qwen2_vl"
+
+
+def read_json(path):
+    """The object in a JSON file. ValueError names a file that holds none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read as JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def unpickle(path):
+    """The tensors of a .pth file, read without running what a pickle could hold. ValueError names a bad file."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path} cannot be read as tensors: {str(e).splitlines()[0]}") from None
+    if not isinstance(tensors, dict) or not all(torch.is_tensor(v) for v in tensors.values()):
+        raise ValueError(f"{path} holds no dictionary of tensors")
+    return tensors
+
+
+def locate(checkpoint):
+    """(folder of model_config.json, folder of the weights) of a checkpoint."""
+    folder = fetch(checkpoint, CHECKPOINT_FILES)
+    if re.fullmatch(r"checkpoint-\d+", folder.name) and (folder.parent / "model_config.json").exists():
+        return folder.parent, folder
+    steps = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    if not (folder / "model_config.json").exists() or not (steps or (folder / "reward.safetensors").exists()):
+        raise ValueError(f"{checkpoint} is no VideoReward: it must hold model_config.json and checkpoint-<step>/ or "
+                         "reward.safetensors")
+    return folder, max(steps, key=lambda p: int(p.name.split("-")[1])) if steps else folder
+
+
+def read_settings(folder, template):
+    """(settings, name of the base, (means, stds) or None) of a model_config.json."""
+    file = folder / "model_config.json"
+    raw = {k: v for section in read_json(file).values() if isinstance(section, dict) for k, v in section.items()}
+    settings = SETTINGS | {k: v for k, v in raw.items() if k in SETTINGS or k == "template"}
+    if raw.get("use_special_tokens"):
+        settings["reward_token"] = "special"
+    if "template" in settings and template:
+        raise ValueError(f"{folder} holds the prompt that it was trained with: leave --template out")
+    if "template" not in settings and not template:
+        raise ValueError(f"{folder} was trained with its authors' prompt, which is not copied here: take prompt_template.py "
+                         "from their repository KwaiVGI/VideoAlign on GitHub and name it with --template")
+    settings.setdefault("template", read_template(template) if template else None)
+    places = len(DIMS) if settings["reward_token"] == "special" else 1
+    for key, value, known in (("prompt_template_type", raw.get("prompt_template_type"), (None, "detailed_special")),
+                              ("sample_type", settings["sample_type"], ("uniform",)),
+                              ("reward_token", settings["reward_token"], ("special", "last", "mean")),
+                              ("output_dim", settings["output_dim"], (1, 3) if places > 1 else (3,))):
+        if value not in known:
+            raise ValueError(f"{file}: {key} = {value!r} is not supported, only {', '.join(map(str, known))}")
+    constants = [[raw.get(f"{dim}_{k}") for dim in DIMS] for k in ("mean", "std")]
+    return settings, raw.get("model_name_or_path"), None if None in sum(constants, []) else constants
+
+
+def read_base(base, words, special):
+    """(config, tokenizer) of a Qwen2-VL; words: the folder of the tokenizer, to which the three tokens are added."""
+    from transformers import AutoTokenizer, Qwen2VLConfig
+    if not is_qwen(base):
+        raise ValueError(f"{base} is not a Qwen2-VL: its config.json must say so")
+    try:
+        config, tokenizer = Qwen2VLConfig.from_pretrained(base), AutoTokenizer.from_pretrained(words)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{words} holds no tokenizer that can be read: {str(e).splitlines()[0]}") from None
+    if tokenizer.chat_template is None and (base / "chat_template.json").exists():        # beside older processors
+        tokenizer.chat_template = read_json(base / "chat_template.json")["chat_template"]
+    if tokenizer.chat_template is None or "<|video_pad|>" not in tokenizer.get_vocab():
+        raise ValueError(f"{words} holds no tokenizer of a Qwen2-VL: chat template or <|video_pad|> is missing")
+    if special:
+        tokenizer.add_tokens(list(TOKENS), special_tokens=True)
+    return config, tokenizer
+
+
+def our_names(tensors):
+    """Tensors under our names: without peft's marks, and from the names of transformers before and after 4.52.
+
+    The language model's own head stays behind: no score needs it.
+    """
+    named = {}
+    for key, value in tensors.items():
+        key = key.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
+        if not key.startswith(("qwen.", "rm_head.", "lm_head.")) and key != "rows":
+            key = key.removeprefix("model.")
+            key = "qwen." + (key if key.startswith(("visual.", "language_model.")) else f"language_model.{key}")
+        if not key.startswith("lm_head."):
+            named[key + ".weight" if key.endswith((".lora_A", ".lora_B")) else key] = value
+    return named
+
+
+def read_base_weights(folder, vocabulary):
+    """The weights of a Qwen2-VL folder, its embedding cut or grown to this many rows, as transformers would."""
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = our_names({k: v for file in files for k, v in read_tensors(file)[0].items()})
+    if EMBEDDING not in tensors:
+        raise ValueError(f"{folder} holds no safetensors of a Qwen2-VL")
+    rows = tensors[EMBEDDING][:vocabulary]
+    more = 0.02 * torch.randn(vocabulary - len(rows), rows.shape[1], generator=rng("rows"))
+    tensors[EMBEDDING] = torch.cat([rows, more.to(rows)])
+    return tensors
+
+
+def merge_lora(tensors, settings):
+    """Replace every W, lora_A, lora_B by W + scale B A, in fp32 and in place."""
+    for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
+        name = key.removesuffix(".lora_A.weight")
+        if f"{name}.weight" not in tensors or f"{name}.lora_B.weight" not in tensors:
+            raise ValueError(f"the adapter's {name} has no lora_B, or the base has no such layer")
+        A, B = tensors.pop(key).float(), tensors.pop(f"{name}.lora_B.weight").float()
+        scale = settings["lora_alpha"] / (len(A) ** 0.5 if settings["use_rslora"] else len(A))
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() + scale * B @ A
+
+
+def fingerprint(tensors, settings, dtype):
+    """A short name for these weights, settings and precision, by which cached scores know their reward."""
+    digest = hashlib.sha256(json.dumps([settings, str(dtype)], sort_keys=True).encode())
+    for key in sorted(tensors):                                                 # training moves every tensor's start
+        digest.update(key.encode() + tensors[key].flatten()[:16].float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def is_video_reward(path):
+    """Whether the folder or hub repository is a VideoReward and not a LatentReward. ValueError where there is none."""
+    folder = fetch(path, ["model_config.json"])
+    return (folder / "model_config.json").exists() or re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+
+
+def load_reward(path, base=None, template=None):
+    """The reward in a folder or hub repository, a VideoReward or a LatentReward, as what it holds says."""
+    try:
+        vlm = is_video_reward(path)
+    except ValueError as e:
+        fail(e)
+    return VideoReward.from_pretrained(path, base, template) if vlm else LatentReward.from_pretrained(path)
+
+
+def score_videos(reward, paths, prompts, cache_file, normalise=True):
+    """VideoReward's scores (n, 3) of video files and their prompts; each distinct one is scored once.
+
+    Every score goes to cache_file at once, one line of JSON each, so that a run that was interrupted goes on
+    where it stopped. It is found again by the video's path, size and time of change, the prompt, and
+    reward.identity. ValueError names a video that can't be scored.
+    """
+    try:
+        files = {path: (str(Path(path).resolve()), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in set(paths)}
+    except OSError as e:
+        raise ValueError(f"{e.filename} cannot be read: {e.strerror}") from None
+    keys = [json.dumps([reward.identity, *files[path], prompt]) for path, prompt in zip(paths, prompts, strict=True)]
+    known, cache = {}, Path(cache_file)
+    for line in cache.read_text(encoding="utf-8").splitlines() if cache.exists() else ():
+        try:
+            entry = json.loads(line)
+            known[entry["key"]] = entry["raw"]
+        except (ValueError, KeyError, TypeError):                               # cut short by an interruption
+            continue
+    missing = {key: pair for key, pair in zip(keys, zip(paths, prompts)) if key not in known}
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with open(cache, "a", encoding="utf-8") as file:
+        file.write("\n" if missing else "")                                     # ends such a line
+        for key, (path, prompt) in tqdm(missing.items(), desc="scoring", disable=not missing):
+            known[key] = reward.score([path], [prompt], normalise=False)[0].tolist()
+            file.write(json.dumps({"key": key, "raw": known[key]}) + "\n")
+            file.flush()
+    r = torch.tensor([known[key] for key in keys])
+    return reward.normalised(r) if normalise else r
+
+
 # ---- how good is a reward? ----
 
 def accuracy_without_ties(label, d):
@@ -139,23 +630,47 @@ def toy_latents(path):
 class Args:
     video: list = ()                        # video files to score
     prompt: str = ""                        # what they should show
-    ckpt: str = "assets/reward"             # run folder of a reward
+    ckpt: str = "assets/reward"             # run folder of a reward; for VideoReward also a hub repository
+    template: str | None = None             # the authors' prompt_template.py, which their checkpoint needs
+    base: str | None = None                 # Qwen2-VL folder, if not the one that the checkpoint names
+    raw: bool = False                       # print VideoReward's scores as they are, not normalised
 
 
 def main(args):
     """Print the scores of videos, or of a few random ones of Shapes world; returns them (B, 3)."""
-    reward = LatentReward.from_pretrained(args.ckpt)
+    try:
+        check_videos(args.video)
+        vlm = is_video_reward(args.ckpt)
+        if vlm and not (args.video and args.prompt):
+            fail("VideoReward scores video files: name some, and with --prompt the text they were made from")
+        reward = load_reward(args.ckpt, args.base, args.template)
+        if vlm:
+            reward.to("cuda" if torch.cuda.is_available() else "cpu")
+            scores = reward.score(args.video, [args.prompt] * len(args.video), not args.raw)
+            return print_scores(args.video, scores)
+        return print_toy(args, reward)
+    except ValueError as e:
+        fail(e)
+
+
+def print_scores(names, scores):
+    """Print VideoReward's scores (B, 3) as a table; returns them."""
+    print(f"{'':36} " + " ".join(f"{name:>8}" for name in (*DIMS, "Overall")))
+    for name, r in zip(names, torch.cat([scores, overall(scores)[:, None]], dim=1).tolist()):
+        print(f"{str(name)[-36:]:36} " + " ".join(f"{x:+8.3f}" for x in r))
+    print("0 is an average video of the validation set, 1 a standard deviation: negative is normal. Raw scores have no 0.")
+    return scores
+
+
+def print_toy(args, reward):
+    """Print a latent reward's scores beside the oracle's; returns them (B, 3)."""
     if args.video:
-        try:
-            x0 = torch.cat([toy_latents(path) for path in args.video])
-            prompts, names = [args.prompt] * len(x0), args.video
-            truth = oracle(x0, prompts)
-        except ValueError as e:
-            fail(e)
+        x0 = torch.cat([toy_latents(path) for path in args.video])
+        prompts, names = [args.prompt] * len(x0), args.video
     else:
         x0, prompts, _ = flawed_videos(8, "eval", rng(0))
         names, x0 = prompts, x0.float()
-        truth = oracle(x0, prompts)
+    truth = oracle(x0, prompts)
     scores = score_clean(reward, x0, embed_text(prompts))
     print(f"{'':36} {'reward, 0 is average':24}  oracle, 0 to 1")
     for name, r, o in zip(names, scores, truth):
@@ -165,4 +680,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, __doc__))
+    words = sys.argv[1:]
+    main(parse_args(Args, __doc__, ["--video"] * bool(words and not words[0].startswith("-")) + words))

@@ -3,6 +3,7 @@
     pytest test_all.py
 """
 import contextlib
+import csv
 import inspect
 import io
 import json
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -460,6 +462,373 @@ def test_a_latent_reward_starts_from_the_base_and_survives_its_file(tmp_path):
         assert torch.allclose(r.score(x, t, text), (r(x, t, text) - 0.5) / 2)
         r.save(tmp_path / "reward.safetensors", {"world": data.world_hash()}, dtype=torch.float32)
         assert torch.equal(reward.LatentReward.from_pretrained(tmp_path).score(x, t, text), r.score(x, t, text))
+
+
+# ---- VideoReward: the VLM reward on a tiny random Qwen2-VL with a tiny tokenizer, in the real file layouts ----
+
+CHAT = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'video' %}"
+        "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+THEIRS = "Rate: <|VQ_reward|> then <|MQ_reward|> for '{text_prompt}' so {{it}} is <|TA_reward|>.\n"
+CONSTANTS = {f"{dim}_{k}": v for dim, mean in zip(DIMS, (3.7, 1.2, 2.8)) for k, v in (("mean", mean), ("std", 2.0))}
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A folder with: base/, a tiny Qwen2-VL of 700 vocabulary rows; clips a, b; prompt_template.py; released/, a
+    VideoReward in the authors' layout, whole, LoRA not merged; and `truth`, the tensors in it.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    root = tmp_path_factory.mktemp("qwen")
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    words.train_from_iterator([reward.RUBRIC], trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|endoftext|>", chat_template=CHAT)
+    tokenizer.save_pretrained(root / "base")
+    torch.manual_seed(0)
+    text = dict(vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                bos_token_id=0, eos_token_id=2, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3]))
+    vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2)
+    ids = dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), range(3, 7)))
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, initializer_range=0.2, **ids))
+    for p in model.parameters():                                                # so that every part matters to a score
+        torch.nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.2)
+    model.save_pretrained(root / "base")
+    write_clips(root, ["a.mp4", "b.mp4"], frames=20, size=(64, 96), fps=10)
+    (root / "prompt_template.py").write_text(f'raise SystemExit("ran")\n{reward.THEIR_TEMPLATE} = """{THEIRS}"""\n')
+
+    own = reward.VideoReward.from_base(str(root / "base")).trainable()
+    for name, p in own.named_parameters():
+        if "lora_B" in name or name in ("rm_head.weight", "rows"):
+            torch.nn.init.normal_(p, 0, 0.3)
+    truth = {k: v.detach().clone() for k, v in own.state_dict().items()}
+    truth["qwen.language_model.embed_tokens.weight"][own.token_ids] = truth.pop("rows")
+    step = root / "released" / "checkpoint-30"
+    step.mkdir(parents=True)
+    torch.save({theirs(k): v for k, v in truth.items()} | {"base_model.model.lm_head.weight": torch.zeros(503, 32)}, step / "model.pth")
+    own.tokenizer.save_pretrained(step / "tokenizer")
+    settings = {"data_config": {"fps": 2.0, "num_frames": None, "max_frame_pixels": 200704, "sample_type": "uniform",
+                                "prompt_template_type": "detailed_special"},
+                "model_config": {"model_name_or_path": str(root / "base"), "output_dim": 1, "use_special_tokens": True, "reward_token": "last"},
+                "peft_lora_config": {"lora_r": 64, "lora_alpha": 128, "use_rslora": False}, "training_args": {"learning_rate": 2e-6}}
+    data.write_json(root / "released" / "model_config.json", settings | {"inference_config": CONSTANTS})
+    return root, truth
+
+
+def theirs(key, new=False, adapter=False):
+    """A tensor's name in the authors' files: peft's marks, transformers' names before or after they changed."""
+    lora = re.search(r"\.lora_[AB]$", key)
+    if lora:
+        key += ".weight" if adapter else ".default.weight"
+    elif any(f".{name}." in key for name in reward.LINEARS) and "language_model" in key:
+        key = re.sub(r"\.(weight|bias)$", r".base_layer.\1", key)
+    if not new:
+        key = key.replace("qwen.language_model.", "model.").replace("qwen.visual.", "visual.")
+    return "base_model.model." + key.replace("qwen.", "model.")
+
+
+def released(qwen, folder="released"):
+    return reward.VideoReward.from_pretrained(qwen[0] / folder, template=qwen[0] / "prompt_template.py")
+
+
+def clips(qwen, *names):
+    return [qwen[0] / f"{name}.mp4" for name in names]
+
+
+def test_loading_gives_the_scores_of_the_unmerged_model_in_every_layout(qwen, tmp_path):
+    root, truth = qwen
+    prompts = ["a cat", "a dog"]
+    whole = released(qwen)
+    r = whole.score(clips(qwen, "a", "b"), prompts, normalise=False)
+    assert r.std() > 0.1 and whole.qwen.get_input_embeddings().num_embeddings == len(whole.tokenizer) == 503 < 700
+    mean, std = (torch.tensor([CONSTANTS[f"{dim}_{k}"] for dim in DIMS]) for k in ("mean", "std"))
+    assert torch.allclose(whole.score(clips(qwen, "a", "b"), prompts), (r - mean) / std)
+
+    unmerged = reward.VideoReward.from_base(root / "base", template=root / "prompt_template.py").trainable().eval()
+    unmerged.load_state_dict(truth | {"rows": truth[reward.EMBEDDING][unmerged.token_ids]})
+    assert torch.allclose(unmerged.score(clips(qwen, "a", "b"), prompts, normalise=False), r, atol=1e-5)
+
+    for name, new in (("new", True), ("adapter", False), ("adapter_new", True)):
+        shutil.copytree(root / "released", tmp_path / name)
+        step = tmp_path / name / "checkpoint-30"
+        shutil.copytree(step, tmp_path / name / "checkpoint-4")                 # an older step, and of the wrong weights
+        (tmp_path / name / "checkpoint-4" / "model.pth").write_bytes(b"")
+        tensors = {k: v for k, v in truth.items()}
+        if "adapter" in name:
+            (step / "model.pth").unlink()
+            trained = {k: v for k, v in tensors.items() if "visual" in k or "rm_head" in k or "embed_tokens" in k}
+            torch.save({theirs(k, new): v for k, v in trained.items()}, step / "non_lora_state_dict.pth")
+            kept = {k: v for k, v in tensors.items() if "lora_" in k or "embed_tokens" in k}
+            model_file.save_tensors({theirs(k, new, adapter=True): v for k, v in kept.items()} | {"base_model.model.lm_head.weight": torch.zeros(503, 32)},
+                                    step / "adapter_model.safetensors")
+        else:
+            torch.save({theirs(k, new): v for k, v in tensors.items()}, step / "model.pth")
+        again = reward.VideoReward.from_pretrained(tmp_path / name, base=root / "base", template=root / "prompt_template.py")
+        assert torch.allclose(again.score(clips(qwen, "a", "b"), prompts, normalise=False), r, atol=1e-5), name
+
+
+def test_positions_are_plain_and_not_the_three_dimensional_ones(qwen):
+    """transformers' own forward, with plain positions, gives our scores; with its default M-RoPE it gives others."""
+    own = released(qwen)
+    ids, mask, patches, grids = own.inputs(clips(qwen, "a"), ["a cat"])
+    embedded = own.qwen.get_input_embeddings()(ids)
+    assert torch.equal(embedded[0, (ids[0] == own.token_ids[0])], own.rows[:1])
+    at = torch.stack([(ids == i).int().argmax(1) for i in own.token_ids], dim=1)[0]
+    scores = {}
+    for name, positions in (("plain", torch.arange(ids.shape[1]).expand(3, 1, -1)), ("mrope", None)):
+        h = own.qwen(input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values_videos=patches, video_grid_thw=grids,
+                     mm_token_type_ids=2 * (ids == own.video_id).int()).last_hidden_state
+        scores[name] = own.rm_head(h)[0, at, 0]
+    r = own(ids, mask, patches, grids)[0]
+    assert torch.allclose(r, scores["plain"], atol=1e-5) and (r - scores["mrope"]).abs().min() > 1e-3
+
+
+def test_vq_and_mq_cannot_see_the_prompt_and_a_batch_is_one_by_one(qwen):
+    own, videos, prompts = released(qwen), clips(qwen, "a", "b", "a"), ["a cat", "a very long tale of two dogs in the snow", "sea"]
+    r = own.score(videos, prompts)
+    assert torch.allclose(r, torch.cat([own.score([v], [p]) for v, p in zip(videos, prompts)]), atol=1e-5)
+    assert (r[0, :2] - r[2, :2]).abs().max() < 1e-5 < 1e-3 < (r[0, 2] - r[2, 2]).abs()
+    assert (r[0] - r[1]).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("how", ["diagonal", "last", "mean"])
+def test_three_outputs_and_the_other_reward_tokens(qwen, how):
+    own = reward.VideoReward.from_base(qwen[0] / "base", "special" if how == "diagonal" else how)
+    own.rm_head.weight.data = torch.nn.init.normal_(torch.empty(3, 32))
+    own.settings["output_dim"] = 3
+    ids, mask, patches, grids = own.inputs(clips(qwen, "a", "b"), ["a cat", "one, two, three dogs"])
+    h = own.rm_head(own.qwen(input_ids=ids, attention_mask=mask, pixel_values_videos=patches, video_grid_thw=grids,
+                             position_ids=torch.arange(ids.shape[1]).expand(3, 2, -1)).last_hidden_state)
+    for b, n in enumerate(mask.sum(1).tolist()):
+        at = [ids[b].tolist().index(i) for i in own.token_ids]
+        expected = {"diagonal": lambda: h[b, at, [0, 1, 2]], "last": lambda: h[b, n - 1], "mean": lambda: h[b, :n - 1].mean(0)}[how]()
+        assert torch.allclose(own(ids, mask, patches, grids)[b], expected, atol=1e-4)
+    assert mask.sum(1).unique().numel() == 2 and (how == "diagonal") == (reward.TOKENS[0] in own.settings["template"])
+
+
+def test_the_input_is_the_default_system_turn_the_video_and_the_prompt(qwen):
+    own = released(qwen)
+    ids, _, patches, grids = own.inputs(clips(qwen, "a"), ["a cat"])
+    said = own.tokenizer.decode(ids[0]).replace("<|video_pad|>" * (len(patches) // 4), "<|video_pad|>")
+    assert said == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
+                    + THEIRS.replace("{text_prompt}", "a cat").replace("{{it}}", "{it}") + "<|im_end|>\n<|im_start|>assistant\n")
+    assert grids.tolist() == [[2, 20, 28]]                                      # 4 frames of 280 x 392: 2 s at 2 a second
+    with pytest.raises(ValueError, match="special token"):
+        own.inputs(clips(qwen, "a"), ["a cat <|TA_reward|>"])
+
+
+def test_how_many_frames_and_which():
+    for total, fps, n in ((60, 24, 4), (60, 23.976, 6), (150, 30, 10), (126, 24, 10), (1, 24, 2), (2, 24, 2), (3, 24, 2), (5, 1, 4), (24 * 600, 24, 768)):
+        got = reward.frame_indices(total, fps)
+        assert len(got) == n and got[0] == 0 and got[-1] == total - 1, (total, fps, got)
+    assert reward.frame_indices(7, 1) == [0, 1, 2, 4, 5, 6] and reward.frame_indices(9, 24, count=40) == [0, 1, 2, 3, 5, 6, 7, 8]
+
+
+def test_frame_sizes_follow_the_authors_bounds():
+    for size, fitted in (((576, 1024), (336, 588)), ((1280, 720), (588, 336)), ((64, 96), (280, 392)), ((448, 448), (448, 448)),
+                         ((336, 336), (336, 336)), ((100, 8000), (28, 4004)), ((300, 310), (336, 336))):
+        assert reward.frame_size(*size) == fitted, size
+    assert reward.frame_size(300, 310, max_pixels=64 * 28 * 28) == (196, 224)  # shrunk, never enlarged again
+    assert reward.frame_size(100, 100, max_pixels=20_000) == (336, 336)         # enlarged past its own bound
+    for size, most in (((10, 3000), 200704), ((30, 4000), 20000)):
+        with pytest.raises(ValueError, match=f"v.mp4 is {size[0]} x {size[1]}"):
+            reward.frame_size(*size, most, "v.mp4")
+
+
+def test_patches_are_those_of_transformers_own_processor():
+    """A frame shown twice gives the patches of the image processor; two frames, an independent reading of the layout."""
+    from PIL import Image
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    g = np.random.default_rng(0)
+    frames = g.integers(0, 256, (2, 280, 364, 3), dtype=np.uint8)               # no resize: 101,920 pixels
+    processor = Qwen2VLImageProcessorPil(min_pixels=reward.MIN_PIXELS, max_pixels=reward.MAX_PIXELS)
+    out = processor(Image.fromarray(frames[0]), return_tensors="pt")
+    x, grid = reward.patchify(frames[[0, 0]], (280, 364))
+    assert torch.allclose(x, out["pixel_values"], atol=1e-5) and grid.tolist() == out["image_grid_thw"][0].tolist()
+    x, grid = reward.patchify(frames, (280, 364))
+    x = x.view(-1, 3, 2, 14, 14) * reward.PIXEL_STD[None, :, None] + reward.PIXEL_MEAN[None, :, None]
+    for n in (0, 1, 2, 3, 4, 200, 519):                                         # patch n: token n // 4, corner n % 4 of it
+        row, column = n // 4 // 13 * 2 + n % 4 // 2, n // 4 % 13 * 2 + n % 2
+        seen = frames[:, row * 14:row * 14 + 14, column * 14:column * 14 + 14].transpose(3, 0, 1, 2) / 255
+        assert np.abs(x[n].numpy() - seen).max() < 1e-5, n
+    x, _ = reward.patchify(g.integers(0, 256, (2, 97, 131, 3), dtype=np.uint8), (280, 364))
+    grey = (x.view(-1, 3, 2, 14, 14) * reward.PIXEL_STD[None, :, None] + reward.PIXEL_MEAN[None, :, None]) * 255
+    assert (grey - grey.round()).abs().max() < 1e-3 and grey.min() > -0.01 and grey.max() < 255.01
+
+
+def test_odd_videos_are_scored_or_refused_by_name(qwen, tmp_path):
+    import av
+    own = released(qwen)
+    write_clips(tmp_path, ["portrait.mp4"], frames=8, size=(96, 32))
+    write_clips(tmp_path, ["one.mp4"], frames=1)
+    with av.open(str(tmp_path / "variable.mkv"), "w") as container:             # frames at uneven times
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for i, ms in enumerate((0, 40, 80, 500, 1500, 1540, 2000)):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 30 * i, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = ms, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    odd = [tmp_path / name for name in ("portrait.mp4", "one.mp4", "variable.mkv")]
+    assert own.score(odd, ["p"] * 3).isfinite().all()
+    write_clips(tmp_path, ["narrow.mp4"], frames=4, size=(10, 2400))
+    (tmp_path / "text.mp4").write_text("no video")
+    for name in ("narrow.mp4", "text.mp4"):
+        with pytest.raises(ValueError, match=name):
+            own.score([tmp_path / name], ["p"])
+
+
+def test_a_template_is_parsed_and_never_executed(qwen, tmp_path):
+    assert reward.read_template(qwen[0] / "prompt_template.py") == THEIRS       # its first line would end the tests
+    for text in ("x = 1", f"{reward.THEIR_TEMPLATE} = open('x').read()", f"{reward.THEIR_TEMPLATE} = 'no tokens {{text_prompt}}'",
+                 f"{reward.THEIR_TEMPLATE} = 1", "def (", f"{reward.THEIR_TEMPLATE} = '''{THEIRS.replace('{text_prompt}', '{text_prompt.x}')}'''",
+                 f"{reward.THEIR_TEMPLATE} = '''{{text_prompt}} {THEIRS.replace('{text_prompt}', '')}'''"):
+        (tmp_path / "t.py").write_text(text)
+        with pytest.raises(ValueError, match="t.py"):
+            reward.read_template(tmp_path / "t.py")
+
+
+def test_interrupted_scoring_goes_on_and_nothing_is_scored_twice(qwen, tmp_path, monkeypatch):
+    own, cache, scored = released(qwen), tmp_path / "scores.jsonl", []
+    videos, prompts = clips(qwen, "a", "b", "a", "a"), ["x", "x", "x", "y"]
+    plain = own.score(videos, prompts)
+
+    def score(paths, prompts, normalise):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append((paths[0].stem, prompts[0]))
+        return reward.VideoReward.score(own, paths, prompts, normalise)
+    monkeypatch.setattr(own, "score", score)
+    with pytest.raises(KeyboardInterrupt):
+        reward.score_videos(own, videos, prompts, cache)
+    cache.write_text(cache.read_text() + '{"key": "cut sho')                    # as a power cut would leave it
+    scored.pop(), scored.pop()
+    assert torch.allclose(reward.score_videos(own, videos, prompts, cache), plain, atol=1e-5) and scored == [("a", "y")]
+    scored.clear()
+    assert torch.allclose(reward.score_videos(own, videos, prompts, cache), plain, atol=1e-5) and not scored
+    shutil.copy(videos[1], tmp_path / "a.mp4")
+    other = reward.VideoReward.from_pretrained(qwen[0] / "released", template=qwen[0] / "prompt_template.py", dtype=torch.bfloat16)
+    assert other.identity != own.identity and (reward.score_videos(other, videos, prompts, cache) - plain).abs().max() > 1e-6
+    with pytest.raises(ValueError, match="gone.mp4"):
+        reward.score_videos(own, [tmp_path / "gone.mp4"], ["x"], cache)
+
+
+def prefs(qwen, path, mos=True):
+    """A file of pairs in the authors' format: a beats b on VQ and TA whatever the prompt, MQ is unlabelled or a tie."""
+    lines = ["path_A,path_B,prompt,VQ,MQ,TA" + ",MOS_A_VQ,MOS_B_VQ" * mos]
+    for i in range(8):
+        a, b, label = ("a", "b", "A") if i % 2 else ("b", "a", "B")
+        lines.append(f"{a}.mp4,{b}.mp4,prompt {i},{label},{'same' if i == 3 else 'invalid'},{label}" + (",5,1" if i % 2 else ",1,5") * mos)
+    (qwen[0] / path).write_text("\n".join(lines) + "\n")
+    return str(qwen[0] / path)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(loss="bt", reward_token="last"), dict(loss="regression")], ids=["btt", "bt last", "regression"])
+def test_training_a_video_reward_lowers_its_loss_and_moves_only_what_the_paper_trains(qwen, changes, tmp_path):
+    pairs, base = prefs(qwen, "prefs.csv"), str(qwen[0] / "base")
+    args = train_reward.Args(model=base, pairs=pairs, steps=8, batch=2, accumulate=2, lr=2e-3, out=str(tmp_path / "run"), **changes)
+    result = train_reward.main(args)
+    assert result["loss_last"] < result["loss_first"] and result["n"] == 1 and set(result["reward"]) == {"VQ", "TA"}
+    saved, _ = model_file.read_tensors(tmp_path / "run" / "reward.safetensors")
+    torch.manual_seed(0)
+    before = reward.VideoReward.from_base(base, args.reward_token).trainable().state_dict()
+    moved = {k for k in before if not torch.equal(before[k], saved[k])}
+    assert set(saved) == set(before)
+    assert moved == {k for k in before if "lora" in k or "visual" in k or k in ("rm_head.weight", "rows")[:2 - ("last" in changes.values())]}
+    assert before["rows"].shape == ((0 if "last" in changes.values() else 3), 32)
+
+    again, memory = reward.VideoReward.from_pretrained(tmp_path / "run"), reward.VideoReward.from_base(base, args.reward_token).trainable().eval()
+    memory.load_state_dict(saved)
+    raw = memory.score(clips(qwen, "a", "b"), ["p", "q"], normalise=False)
+    assert torch.allclose(again.score(clips(qwen, "a", "b"), ["p", "q"], normalise=False), raw, atol=1e-5)
+    assert torch.allclose(again.score(clips(qwen, "a", "b"), ["p", "q"]), (raw - again.mean) / again.std, atol=1e-4)
+
+
+def test_a_step_in_parts_is_a_step_in_one(qwen, tmp_path):
+    for name, parts in (("one", 1), ("two", 2)):
+        train_reward.main(train_reward.Args(model=str(qwen[0] / "base"), pairs=prefs(qwen, "prefs.csv"), steps=1, batch=2, accumulate=parts, lr=1e-3,
+                                            out=str(tmp_path / name)))
+    one, two = (json.loads((tmp_path / name / "log.jsonl").read_text()) for name in ("one", "two"))
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-4) and one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+
+
+def test_the_benchmark_counts_what_is_labelled_and_writes_every_pair(qwen, tmp_path, capsys):
+    args = train_reward.Args(eval=str(qwen[0] / "released"), template=str(qwen[0] / "prompt_template.py"), pairs=prefs(qwen, "prefs.csv"),
+                             cache=str(tmp_path / "scores.jsonl"), out=str(tmp_path / "eval"))
+    result = train_reward.main(args)
+    own = released(qwen)
+    better = own.score(clips(qwen, "a", "b"), ["", ""])[:, 0]
+    assert result["reward"]["VQ"]["without"] == float(better[0] > better[1]) and set(result["reward"]) == {*DIMS}
+    assert np.isnan(result["reward"]["MQ"]["without"]) and result["reward"]["MQ"]["with"] == 1.0        # its one label is a tie
+    assert len((tmp_path / "scores.jsonl").read_text().split()) > 0 and "| the paper's, VideoGen-RewardBench | 75.7 / 59.7 |" in capsys.readouterr().out
+    rows = list(csv.DictReader(open(tmp_path / "eval" / "pairs.csv")))
+    assert len(rows) == 8 and rows[0]["VQ"] == "B" and rows[0]["MQ"] == "" and float(rows[1]["score_A_VQ"]) == pytest.approx(better[0].item(), abs=1e-3)
+    (qwen[0] / "genai.csv").write_text("prompt,left_model,left_video,right_model,right_video,vote_type\nprompt 1,x,a.mp4,y,b.mp4,leftvote\n")
+    result = train_reward.main(replace(args, pairs=str(qwen[0] / "genai.csv")))
+    assert set(result["reward"]) == set(result["TA alone"]) == {"Overall"} and "| 72.9 / 49.4 |" in capsys.readouterr().out
+
+
+def test_the_command_line_scores_videos_and_says_that_negative_is_normal(qwen, capsys):
+    own, videos = released(qwen), [str(v) for v in clips(qwen, "a", "b")]
+    args = reward.Args(video=videos, prompt="a cat", ckpt=str(qwen[0] / "released"), template=str(qwen[0] / "prompt_template.py"))
+    assert torch.allclose(reward.main(args), own.score(videos, ["a cat"] * 2)) and "negative is normal" in capsys.readouterr().out
+    own.mean.fill_(float("nan"))
+    assert torch.equal(own.score(videos, ["a cat"] * 2), own.score(videos, ["a cat"] * 2, normalise=False))
+    own.score(videos[:1], ["a cat"])
+    assert capsys.readouterr().out.count("no normalisation constants") == 1
+
+
+BAD_QWEN = [
+    (reward, "--video {clip} --prompt p --ckpt {released}", "KwaiVGI/VideoAlign"),
+    (reward, "--video {clip} --prompt p --ckpt {released} --template {base}/config.json", "must set DETAILED_PROMPT"),
+    (reward, "--video {clip} --ckpt {released}", "--prompt"),
+    (reward, "--video {clip} --prompt p --ckpt nobody/nothing", "does not exist"),
+    (reward, "--video {clip} --prompt p --ckpt {base}", "finished run"),
+    (reward, "--video {clip} --prompt p --ckpt {released} --template {template} --base {root}/released", "is not a Qwen2-VL"),
+    (reward, "--video {clip} --prompt p --ckpt {odd} --template {template}", "sample_type = 'multi_pts'"),
+    (reward, "--video {clip} --prompt p --ckpt {cut} --template {template}", "model.pth cannot be read"),
+    (reward, "--video {clip} --prompt p --ckpt {short} --template {template}", "does not fit the model: missing"),
+    (reward, "--video {clip} --prompt p --ckpt {evil} --template {template}", "model.pth cannot be read"),
+    (train_reward, "--model {base}", "with --pairs"),
+    (train_reward, "--pairs {prefs}", "--model"),
+    (train_reward, "--model {base} --pairs {plain} --loss regression", "MOS_A_VQ"),
+    (train_reward, "--model {base} --pairs {broken}", "text.mp4 cannot be read as a video"),
+    (train_reward, "--eval {released} --template {template}", "with --pairs"),
+    (train_reward, "--eval {released} --pairs {prefs}", "KwaiVGI/VideoAlign"),
+    (train_reward, "--eval nobody/nothing --pairs {prefs}", "does not exist"),
+]
+
+
+@pytest.mark.parametrize("script, argv, says", BAD_QWEN, ids=[f"{s.__name__} {a}" for s, a, _ in BAD_QWEN])
+def test_bad_input_of_a_video_reward_ends_in_one_line_and_status_2(script, argv, says, qwen, tmp_path, capsys):
+    root, truth = qwen
+    names = dict(root=root, base=root / "base", released=root / "released", clip=root / "a.mp4", template=root / "prompt_template.py",
+                 prefs=prefs(qwen, "prefs.csv"), plain=prefs(qwen, "plain.csv", mos=False), broken=root / "broken.csv")
+    (root / "text.mp4").write_text("no video")
+    (root / "broken.csv").write_text("path_A,path_B,prompt,VQ\na.mp4,text.mp4,p,A\n")
+    for name in ("odd", "cut", "short", "evil"):
+        names[name] = shutil.copytree(root / "released", tmp_path / name)
+        file = tmp_path / name / "checkpoint-30" / "model.pth"
+        if name == "odd":
+            config = tmp_path / name / "model_config.json"
+            config.write_text(config.read_text().replace("uniform", "multi_pts"))
+        elif name == "cut":
+            file.write_bytes(file.read_bytes()[:1000])
+        else:
+            torch.save({} if name == "short" else {"x": Path("a class that no tensor file needs")}, file)
+    with pytest.raises(SystemExit) as stop:
+        script.main(data.parse_args(script.Args, script.__doc__, shlex.split(argv.format(**names)) + ["--out", str(tmp_path / "run")] * (script is train_reward)))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(said) == 1 and said[0].startswith("error:") and says in said[0], said
+
+
+def test_importing_reward_needs_neither_transformers_nor_av():
+    code = "import sys, reward; assert not {'transformers', 'av', 'huggingface_hub'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
 
 
 # ---- scripts ----

@@ -3,12 +3,15 @@
     python train_reward.py                      the toy's VideoReward: a reward of clean videos, with ties (BTT)
     python train_reward.py --noisy              the reward of noisy latents that guides sampling (Flow-NRG)
     python train_reward.py --loss regression    on Likert points instead of pairs (bt is the third choice)
+    python train_reward.py --model Qwen/Qwen2-VL-2B-Instruct --pairs prefs.csv      the paper's VideoReward
+    python train_reward.py --eval KwaiVGI/VideoReward --template prompt_template.py --pairs videogen-rewardbench.csv
 
-Prints the accuracy on held-out prompts with and without ties, and the ceiling that the annotators' own noise
-leaves: the accuracy of the oracle itself against the same labels. Differences from the paper: the labeller is
-a latent reward too, where the paper trains a vision-language model (Sec. 3); --noisy follows its Table 11
-(BT, one noise and t for both of a pair).
+Prints the accuracy on held-out prompts with and without ties; for the toy also the ceiling that the annotators'
+own noise leaves: the accuracy of the oracle itself against the same labels. Differences from the paper: the toy's
+labeller is a latent reward too, where the paper trains a vision-language model (Sec. 3), as --model with a Qwen2-VL
+does; --noisy follows its Table 11 (BT, one noise and t for both of a pair).
 """
+import csv
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,11 +19,22 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
-from data import (DIMS, check_out, command, draw_noise, fail, log, overall, parse_args, start_run, step_rows, toy_pairs,
-                  with_overall, world_hash, write_json)
+from data import (DIMS, check_out, command, draw_noise, fail, log, overall, parse_args, read_pairs, rng, start_run,
+                  step_rows, toy_pairs, with_overall, world_hash, write_json)
 from losses import bt, btt, masked_mean, mix, regression
-from reward import LatentReward, accuracies
+from reward import (LatentReward, VideoReward, accuracies, check_videos, is_qwen, is_video_reward, load_reward,
+                    score_videos)
 from sample import load_model
+
+# What unset flags fall to. Of Qwen2-VL they are the paper's (Table 11), where unset steps make two epochs.
+RECIPES = {
+    "toy":  dict(model="assets/base", lr=1e-3, accumulate=1, steps=2000),
+    "qwen": dict(lr=2e-6, accumulate=32),
+}
+# VideoReward's accuracy in the paper (Table 2), as a share. GenAI-Bench has one label, and there TA alone was the score.
+PAPER = {"VideoGen-RewardBench": {"VQ": (.7566, .5968), "MQ": (.7470, .6603), "TA": (.7220, .5380),
+                                  "Overall": (.7359, .6126)},
+         "GenAI-Bench": {"Overall": (.7289, .4941)}}
 
 
 @dataclass
@@ -28,22 +42,37 @@ class Args:
     loss: Literal["btt", "bt", "regression"] | None = None  # unset: btt, or bt with --noisy, as Table 11
     noisy: bool = False                     # train on noisy latents at uniform t, for guidance; else on clean ones
     shared_noise: bool = True               # with --noisy: the same noise for both of a pair, as the paper
-    model: str = "assets/base"              # run folder whose first blocks the reward grows from
+    model: str | None = None                # a Qwen2-VL; or run folder whose first blocks the reward grows from
     depth: int = 2                          # how many of them
-    n_pairs: int = 24000                    # training pairs
-    steps: int = 2000                       # optimizer steps
+    pairs: str | None = None                # CSV or JSONL of labelled pairs of video files; unset: Shapes world
+    n_pairs: int = 24000                    # training pairs of Shapes world
+    eval: str | None = None                 # evaluate this reward instead; --model: its Qwen2-VL, if moved
+    template: str | None = None             # the authors' prompt_template.py; their checkpoint needs it
+    reward_token: Literal["special", "last", "mean"] = "special"  # where Qwen2-VL is read; last: Table 6, row III
+    steps: int | None = None                # optimizer steps
     batch: int = 32                         # pairs per step
-    lr: float = 1e-3                        # Adam, decayed linearly to 0 after 50 steps of warm-up
+    accumulate: int | None = None           # parts in which a step's batch goes through the model
+    lr: float | None = None                 # Adam; learning_rate_scale says how it moves
     tie: float = 5.0                        # btt: the tie parameter theta
-    n_eval: int = 2000                      # held-out pairs
+    n_eval: int = 2000                      # held-out pairs of Shapes world
+    cache: str = "runs/scores.jsonl"        # --eval: scores so far, so that an interrupted run goes on
     seed: int = 0                           # of pairs, order and noise
-    compile: bool = False                   # torch.compile the blocks
-    out: str | None = None                  # run folder; unset: runs/reward or runs/noisy
+    compile: bool = False                   # torch.compile the blocks of a latent reward
+    out: str | None = None                  # run folder; unset: runs/reward, runs/noisy or runs/eval
 
 
-def pair_scores(reward, pairs, rows, t, eps_a, eps_b):
-    """Raw scores (B, 2, 3) of A and B, both at time t (B,) and through one forward."""
+def pair_scores(args, reward, pairs, rows, step, t=None):
+    """Raw scores (B, 2, 3) of A and B through one forward; of latents at time t, or as pair_noise draws it."""
     device = reward.mean.device
+    if isinstance(reward, VideoReward):
+        both = [(path, pairs.prompts[i]) for i in rows.tolist() for path in pairs.paths[i]]
+        try:
+            inputs = [x.to(device) for x in reward.inputs(*zip(*both))]
+        except ValueError as e:
+            fail(e)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return reward(*inputs).view(len(rows), 2, len(DIMS))
+    t, eps_a, eps_b = pair_noise(args, pairs, rows, step, t)
     x0 = pairs.latents(rows)
     xt = torch.stack([mix(x0[:, 0], eps_a, t), mix(x0[:, 1], eps_b, t)], dim=1).flatten(0, 1)
     twice = lambda y: y.repeat_interleave(2, dim=0).to(device)
@@ -60,87 +89,195 @@ def pair_noise(args, pairs, rows, step, t=None):
 
 
 @torch.no_grad()
-def score_pairs(args, reward, pairs, t=None, batch=64):
-    """Raw scores (n, 2, 3) of all pairs, at times as in training or all at t."""
-    return torch.cat([pair_scores(reward, pairs, rows, *pair_noise(args, pairs, rows, 2**31, t)).cpu()
-                      for rows in torch.arange(len(pairs.prompts)).split(batch)])
+def score_pairs(args, reward, pairs, rows, t=None):
+    """Raw scores (len(rows), 2, 3); of latents at times as in training or all at t."""
+    batch = 2 if isinstance(reward, VideoReward) else 64
+    return torch.cat([pair_scores(args, reward, pairs, part, 2**31, t).cpu() for part in rows.split(batch)])
 
 
-def main(args):
-    """Train, normalise on the validation prompts, evaluate on held-out ones; returns what eval.json holds."""
+def targets(args, pairs):
+    """What the loss holds scores against, nan where it says nothing: labels (n, 3), or points (n, 2, 3)."""
+    if args.loss == "regression":
+        return pairs.mos - 3                                                    # around the middle of the scale
+    label = pairs.label[:, :3]
+    return label.masked_fill(label == 0, float("nan")) if args.loss == "bt" else label     # to BT a tie says nothing
+
+
+def pair_loss(args, r, target):
+    """Mean loss of raw scores r (B, 2, 3) over what target labels."""
+    if args.loss == "regression":
+        return masked_mean(regression(r, target), target)
+    d = r[:, 0] - r[:, 1]
+    return masked_mean(btt(d, target, args.tie) if args.loss == "btt" else bt(d, target), target)
+
+
+def learning_rate_scale(args, step, qwen):
+    """Of Qwen2-VL: constant after a warm-up over 5 % of the steps. Of the toy: 50 steps of it, then linearly to 0."""
+    return min(1, (step + 1) / (0.05 * args.steps)) if qwen else min((step + 1) / 50, (args.steps - step) / args.steps)
+
+
+def check(args):
+    """Fill unset flags and refuse what can't work, before a model is loaded: (pairs of the file or None, Qwen2-VL?)."""
     args.loss = args.loss or ("bt" if args.noisy else "btt")
-    args.out = args.out or ("runs/noisy" if args.noisy else "runs/reward")
+    args.out = args.out or ("runs/eval" if args.eval else "runs/noisy" if args.noisy else "runs/reward")
     if args.tie <= 1:
         fail(f"--tie {args.tie} leaves no room for ties: it must be above 1 (the paper takes 5)")
     check_out(args.out)
-    model = load_model(args.model)
-    if not 0 < args.depth <= model.config.num_layers:
-        fail(f"--depth {args.depth}: {args.model} has {model.config.num_layers} blocks")
+    try:
+        qwen = is_video_reward(args.eval) if args.eval else args.model is not None and is_qwen(args.model)
+        if qwen != bool(args.pairs):
+            fail("a Qwen2-VL reward learns and is measured on video files: name their CSV or JSONL with --pairs" if qwen
+                 else "--pairs is for a Qwen2-VL reward: train one with --model or measure one with --eval")
+        pairs = read_pairs(args.pairs) if qwen else None
+        if qwen:
+            check_videos(path for pair in pairs.paths for path in pair)
+    except ValueError as e:
+        fail(e)
+    if not args.eval:
+        for name, value in RECIPES["qwen" if qwen else "toy"].items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        args.steps = args.steps or max(1, 2 * len(pairs.prompts) // args.batch)
+    if pairs and not args.eval and targets(args, pairs).isnan().all():
+        columns = "MOS_A_VQ .. MOS_B_TA" if args.loss == "regression" else "VQ, MQ, TA"
+        fail(f"{args.pairs} labels no pair for --loss {args.loss}: it needs columns {columns}")
+    return pairs, qwen
+
+
+def main(args):
+    """Train, normalise on validation prompts, evaluate on held-out ones; returns what eval.json holds."""
+    pairs, qwen = check(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.eval:
+        return benchmark(args, load_reward(args.eval, args.model, args.template).to(device), pairs)
+    if qwen:
+        train_rows, val_rows = split_prompts(args, pairs)
+        torch.manual_seed(args.seed)
+        reward = VideoReward.from_base(args.model, args.reward_token, args.template).trainable().to(device)
+    else:
+        model = load_model(args.model)
+        if not 0 < args.depth <= model.config.num_layers:
+            fail(f"--depth {args.depth}: {args.model} has {model.config.num_layers} blocks")
+        torch.manual_seed(args.seed)
+        reward = LatentReward.from_base(model, args.depth).to(device)
+        pairs, train_rows = toy_pairs(args.n_pairs, "train", args.seed), torch.arange(args.n_pairs)
     run = start_run(args, device)
-    torch.manual_seed(args.seed)
-    reward = LatentReward.from_base(model, args.depth).to(device)
-    if args.compile:
+    metadata = {"command": command(args), "seed": str(args.seed), "world": world_hash()}
+    if args.compile and not qwen:
         reward.dit.compile_blocks()
-    optimizer = torch.optim.Adam(reward.parameters(), lr=args.lr)
-    pairs = toy_pairs(args.n_pairs, "train", args.seed)
-    history = []
+    optimizer = torch.optim.Adam([p for p in reward.parameters() if p.requires_grad], lr=args.lr)
+    target, history = targets(args, pairs), []
 
     for step in (bar := trange(args.steps, desc=f"reward {args.loss}")):
-        optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 50, (args.steps - step) / args.steps)
-        rows = step_rows(len(pairs.prompts), args.batch, args.seed, step)
-        label = pairs.label[rows, :3].to(device)                                # (B, 3)
-        r = pair_scores(reward, pairs, rows, *pair_noise(args, pairs, rows, step))
-        d = r[:, 0] - r[:, 1]
-        if args.loss == "btt":
-            loss = masked_mean(btt(d, label, args.tie), label)
-        elif args.loss == "bt":
-            label = label.masked_fill(label == 0, float("nan"))                 # to BT a tie says nothing
-            loss = masked_mean(bt(d, label), label)
-        else:
-            score = pairs.mos[rows].to(device) - 3                              # points around the middle of the scale
-            loss = masked_mean(regression(r, score), score)
-        loss.backward()
+        optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(args, step, qwen)
+        rows = train_rows[step_rows(len(train_rows), args.batch, args.seed, step)]
+        labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0.0
+        for part in rows.chunk(args.accumulate):
+            r = pair_scores(args, reward, pairs, part, step)
+            share = (~target[part].isnan()).sum() / labelled                    # so that parts add up to the whole mean
+            part_loss = share.to(device) * pair_loss(args, r, target[part].to(device))
+            part_loss.backward()
+            loss += part_loss.item()
         norm = clip_grad_norm_(reward.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        history.append(loss.item())
+        history.append(loss)
         if (step + 1) % 20 == 0 or step + 1 == args.steps:
             recent = sum(history[-20:]) / len(history[-20:])
             bar.set_postfix(loss=f"{recent:.3f}")
             log(run, step=step + 1, loss=recent, grad_norm=norm.item())
+        if qwen and ((step + 1) % 500 == 0 or step + 1 == args.steps):          # a day's work is not left in memory
+            reward.save(run, metadata)
 
     reward.eval()
-    val = score_pairs(args, reward, toy_pairs(args.n_eval, "val", args.seed)).flatten(0, 1)
-    reward.mean.copy_(val.mean(0))
-    reward.std.copy_(val.std(0))
-    metadata = {"command": command(args), "seed": str(args.seed), "world": world_hash()}
-    reward.save(run / "reward.safetensors", metadata)
-    result = {**evaluate_reward(args, reward), "loss_first": history[0], "loss_last": recent}
+    val = pairs if qwen else toy_pairs(args.n_eval, "val", args.seed)
+    r = score_pairs(args, reward, val, val_rows if qwen else torch.arange(args.n_eval))
+    reward.mean.copy_(r.flatten(0, 1).mean(0))
+    reward.std.copy_(r.flatten(0, 1).std(0))
+    if qwen:                                    # measured on the same prompts: the constants only weigh Overall
+        reward.save(run, metadata)
+        result = {"n": len(val_rows), "reward": pair_accuracies(val.label[val_rows], reward.normalised(r))}
+        print_accuracies({"reward": result["reward"]})
+    else:
+        reward.save(run / "reward.safetensors", metadata)
+        result = evaluate_toy(args, reward)
+    result |= {"loss_first": history[0], "loss_last": recent}
     write_json(run / "eval.json", result)
-    print_accuracies(result)
     return result
 
 
-def evaluate_reward(args, reward):
+def split_prompts(args, pairs):
+    """(training rows, validation rows): one prompt in twenty, at least one, is kept for validation."""
+    prompts = sorted(set(pairs.prompts))
+    if len(prompts) < 2:
+        fail(f"{args.pairs} has a single prompt: others are needed to normalise and measure the scores on")
+    order = torch.randperm(len(prompts), generator=rng("split", args.seed)).tolist()
+    kept = {prompts[i] for i in order[:max(1, len(prompts) // 20)]}
+    is_kept = torch.tensor([prompt in kept for prompt in pairs.prompts])
+    return (~is_kept).nonzero()[:, 0], is_kept.nonzero()[:, 0]
+
+
+def pair_accuracies(label, r):
+    """Accuracies of normalised scores r (n, 2, 3) against labels (n, 4), of the dimensions that have labels."""
+    d = r[:, 0] - r[:, 1]
+    found = accuracies(label, torch.cat([d, overall(d)[:, None]], dim=1))
+    return {dim: found[dim] for dim, h in zip(found, label.T) if not h.isnan().all()}
+
+
+def evaluate_toy(args, reward):
     """Accuracies on held-out prompts at t = 0, and over t for a noisy reward, beside the oracle's on these labels."""
     pairs = toy_pairs(args.n_eval, "eval", args.seed)
     truth = with_overall(pairs.score[:, 0]) - with_overall(pairs.score[:, 1])
     result = {"ceiling": accuracies(pairs.label, truth), "n": args.n_eval, "by_t": {}}
     for t in (0.0, 0.25, 0.5, 0.75, 0.9) if args.noisy else (0.0,):
-        r = (score_pairs(args, reward, pairs, t) - reward.mean.cpu()) / reward.std.cpu()
-        d = r[:, 0] - r[:, 1]
-        result["by_t"][str(t)] = accuracies(pairs.label, torch.cat([d, overall(d)[:, None]], dim=1))
+        r = (score_pairs(args, reward, pairs, torch.arange(args.n_eval), t) - reward.mean.cpu()) / reward.std.cpu()
+        result["by_t"][str(t)] = pair_accuracies(pairs.label, r)
+    print_accuracies({"ceiling": result["ceiling"]} | {f"reward at t = {t}": row for t, row in result["by_t"].items()})
     return result
 
 
-def print_accuracies(result):
-    """Print a Markdown table: accuracy without / with ties, per dimension; the ceiling is the oracle's."""
+def benchmark(args, reward, pairs):
+    """Measure a trained reward: on a pairs file beside the paper's row, or of the toy; returns what eval.json holds."""
+    if isinstance(reward, LatentReward):
+        result = evaluate_toy(args, reward)
+    else:
+        paths, prompts = [p for pair in pairs.paths for p in pair], [p for p in pairs.prompts for _ in "AB"]
+        try:
+            r = score_videos(reward, paths, prompts, args.cache).view(-1, 2, len(DIMS))
+        except ValueError as e:
+            fail(e)
+        result = {"n": len(pairs.prompts), "reward": pair_accuracies(pairs.label, r)}
+        rows, table = {"reward": result["reward"]}, "VideoGen-RewardBench"
+        if list(result["reward"]) == ["Overall"]:                               # as the paper scores GenAI-Bench
+            table = "GenAI-Bench"
+            rows["reward, TA alone"] = result["TA alone"] = pair_accuracies(pairs.label, r[..., 2:].expand_as(r))
+        paper = {dim: dict(zip(("without", "with"), pair)) for dim, pair in PAPER[table].items()}
+        print_accuracies(rows | {f"the paper's, {table}": paper})
+    run = start_run(args, reward.mean.device)
+    write_json(run / "eval.json", result)
+    if pairs:
+        write_scores(run / "pairs.csv", pairs, r)
+        print(f"scores of every pair: {run / 'pairs.csv'}")
+    return result
+
+
+def write_scores(path, pairs, r):
+    """Write a CSV of pairs, one a row: videos, prompt, labels, and the normalised scores r (n, 2, 3) of A and B."""
+    names, words = (*DIMS, "Overall"), {1.0: "A", 0.0: "same", -1.0: "B"}
+    r = torch.cat([r, overall(r)[..., None]], dim=-1).flatten(1).tolist()
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["path_A", "path_B", "prompt", *names, *(f"score_{side}_{dim}" for side in "AB" for dim in names)])
+        for pair, prompt, label, scores in zip(pairs.paths, pairs.prompts, pairs.label.tolist(), r):
+            table.writerow([*pair, prompt, *(words.get(x, "") for x in label), *(f"{x:.4f}" for x in scores)])
+
+
+def print_accuracies(rows):
+    """Print a Markdown table of accuracies {name: {dimension: {"without": .., "with": ..}}}."""
     names = (*DIMS, "Overall")
     print("| accuracy without / with ties, % | " + " | ".join(names) + " |\n|---|" + "---|" * 4)
-    rows = {"ceiling": result["ceiling"]} | {f"reward at t = {t}": row for t, row in result["by_t"].items()}
     for name, row in rows.items():
-        cells = [f"{100 * row[dim]['without']:.1f} / {100 * row[dim]['with']:.1f}" for dim in names]
+        cells = [f"{100 * row[dim]['without']:.1f} / {100 * row[dim]['with']:.1f}" if dim in row else "–" for dim in names]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
