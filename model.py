@@ -355,20 +355,28 @@ def save_lora(model, path, metadata=None):
 
 
 def load_lora(model, path):
-    """Add the adapters of a file in save_lora's format; returns the model. ValueError names a layer it lacks."""
-    tensors, _ = read_tensors(path)
+    """Add the adapters of a file, in save_lora's format or under diffusers' names; returns the model.
+
+    diffusers keeps alpha in the header or, as others do, in `<layer>.alpha`. ValueError names a tensor that has no
+    place in the model: an adapter that loads in part is worse than one that doesn't.
+    """
+    tensors, metadata = read_tensors(path)
+    alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("transformer.lora_alpha")
     model.requires_grad_(False)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
-        A, B = tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")]
-        name = key.removeprefix("diffusion_model.").removesuffix(".lora_A.weight")
-        if name not in linears or linears[name].weight.shape != (len(B), A.shape[1]):
-            raise ValueError(f"{path}: the model has no linear layer {name} of shape ({len(B)}, {A.shape[1]})")
-        adapter = LoRALinear(linears[name], len(A), len(A))
+    layers = sorted({key.rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in tensors})
+    for layer in layers:
+        name = to_official(layer.removeprefix("diffusion_model.").removeprefix("transformer."))
+        A, B = (tensors.get(f"{layer}.lora_{x}.weight") for x in "AB")
+        if A is None or B is None or name not in linears or linears[name].weight.shape != (len(B), A.shape[1]):
+            raise ValueError(f"{path}: {layer} is not a pair lora_A, lora_B for a linear layer of this model")
+        adapter = LoRALinear(linears[name], len(A), float(tensors.get(f"{layer}.alpha", alpha or len(A))))
         with torch.no_grad():
             adapter.lora_A.copy_(A)
             adapter.lora_B.copy_(B)
         model.set_submodule(name, adapter)
+    if not layers:
+        raise ValueError(f"{path} holds no adapters")
     return model
 
 

@@ -878,7 +878,7 @@ def test_each_objective_trains_and_its_loss_falls(runs, name, changes):
     config = json.loads((runs / name / "config.json").read_text())
     again = data.parse_args(train_align.Args, "", shlex.split(config["command"])[2:])
     train_align.check(again)
-    assert vars(again) == {**config["args"], "dim_w": tuple(config["args"]["dim_w"])}
+    assert json.loads(json.dumps(vars(again))) == config["args"]
     assert {p.name for p in (runs / name).iterdir()} >= {"config.json", "log.jsonl", "eval.json", "samples.png"}
     assert sample.load_model(runs / name)(*random_batch()).isfinite().all()
 
@@ -970,6 +970,154 @@ def test_bad_input_ends_in_one_line_and_status_2(script, argv, says, tmp_path, r
     said = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and says in said[-1] and said[-1].startswith("error:") and len(said) == 1, said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- Wan 2.1: a tiny random pipeline of the real classes, saved by diffusers and transformers themselves ----
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """The folder of a tiny WanPipeline, with pairs.csv of four mp4 files beside it."""
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate("<pad> </s> <unk> a cat dog runs sleeps".split())}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    text = UMT5EncoderModel(UMT5Config(vocab_size=8, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
+    vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    dit = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=24,
+                                freq_dim=16, ffn_dim=48, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32)
+    with torch.no_grad():
+        for q in dit.parameters():                                              # as drawn, some of it is zero
+            q.add_(0.1 * torch.randn_like(q))
+    folder = tmp_path_factory.mktemp("wan")
+    WanPipeline(tokenizer=tokenizer, text_encoder=text, vae=vae, transformer=dit,
+                scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)).save_pretrained(folder)
+    write_clips(folder, ["v/a.mp4", "v/b.mp4", "v/c.mp4", "v/d.mp4"])
+    (folder / "pairs.csv").write_text("path_A,path_B,prompt,VQ,MQ,TA\nv/a.mp4,v/b.mp4,a cat runs,A,A,same\n"
+                                      "v/c.mp4,v/d.mp4,a dog sleeps,A,B,A\nv/d.mp4,v/a.mp4,a cat runs,B,,\n")
+    return folder
+
+
+def pipeline(folder):
+    """diffusers' own WanPipeline from that folder, quiet."""
+    from diffusers import WanPipeline, WanTransformer3DModel
+    WanTransformer3DModel._keep_in_fp32_modules = None                          # else it asks for accelerate
+    pipe = WanPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_sampling_gives_the_latents_and_frames_of_diffusers_pipeline(wan):
+    pipe, prompts = pipeline(wan), ["a  cat &amp; dog", "a dog"]
+    eps = torch.stack([torch.randn(16, 2, 4, 6, generator=rng("eval", 7, i)) for i in range(2)])
+    settings = dict(prompt=prompts, negative_prompt="sleeps", height=32, width=48, num_frames=5, num_inference_steps=3,
+                    guidance_scale=4.0, latents=eps)
+    theirs = pipe(**settings, output_type="latent").frames
+    frames = pipe(**settings, output_type="pt").frames                          # (B, T, 3, H, W) in [0, 1]
+    pipe.scheduler.set_timesteps(3)
+    ours = list(sample.generate(sample.load_model(wan), data.WanCodec(wan), prompts, 7, pipe.scheduler.sigmas, (5, 32, 48),
+                                cfg_scale=4.0, negative="sleeps", batch=1))
+    assert torch.allclose(torch.stack([x for x, _ in ours]), theirs, rtol=0, atol=1e-4)
+    videos = torch.stack([video for _, video in ours])
+    assert torch.allclose((videos + 1) / 2, frames.transpose(1, 2), rtol=0, atol=1e-4)
+
+
+def test_latents_are_encoded_once_and_an_interrupted_encode_goes_on(wan, tmp_path, monkeypatch, capsys):
+    pairs, codec = data.read_pairs(wan / "pairs.csv"), data.WanCodec(wan)
+    encoded, own = [], codec.encode
+    monkeypatch.setattr(codec, "encode", lambda x: encoded.append(1) or own(x))
+    first = data.encode(pairs, codec, tmp_path, 5, (32, 48))
+    x0, text = first.latents([0, 2]), first.text([0, 2])
+    assert len(encoded) == 4 and x0.shape == (2, 2, 16, 2, 4, 6) and text.shape == (2, 512, 24)
+    assert torch.equal(x0[0, 0], x0[1, 1]) and torch.equal(text[0], text[1])    # one video, one prompt, twice
+    pixels = data.read_clip(wan / "v/a.mp4", 5, (32, 48))
+    assert torch.equal(x0[0, 0], own(pixels[None])[0].bfloat16().float())
+    assert text[0].any(1).sum() == 4                                            # three words and the end, then zeros
+
+    file = first.files[1][0]
+    file.write_bytes(file.read_bytes()[:-8])                                    # half a file, as a full disk leaves it
+    again = data.encode(pairs, codec, tmp_path, 5, (32, 48))
+    assert len(encoded) == 5 and torch.equal(again.latents([0, 1, 2]), first.latents([0, 1, 2]))
+    data.encode(pairs, codec, tmp_path, 9, (32, 48))                            # other settings, other latents
+    assert len(encoded) == 9
+
+
+def test_a_bad_video_is_named_with_its_row_and_left_out_on_request(wan, tmp_path, capsys):
+    shutil.copytree(wan / "v", tmp_path / "v")
+    shutil.copy(wan / "pairs.csv", tmp_path)
+    (tmp_path / "v/c.mp4").write_bytes((wan / "v/c.mp4").read_bytes()[:300])
+    write_clips(tmp_path, ["v/b.mp4"], frames=1)
+    pairs = data.read_pairs(tmp_path / "pairs.csv")
+    with pytest.raises(SystemExit):
+        data.encode(pairs, data.WanCodec(wan), tmp_path / "cache", 5, (32, 48))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and re.search("row 2: .*b.mp4 lasts 0.12 s, too short for 5 frames", said), said
+    kept = data.encode(pairs, data.WanCodec(wan), tmp_path / "cache", 5, (32, 48), skip_bad=True)
+    assert kept.prompts == ["a cat runs"] and kept.lines == [4]
+    assert "skipped 2 pairs with 2 bad videos" in capsys.readouterr().out
+
+
+def wan_args(wan, name, **changes):
+    return train_align.Args(**{**dict(model=str(wan), pairs=str(wan / "pairs.csv"), frames=5, size=(32, 48), steps=12, batch=3,
+                                      accumulate=3, lr=3e-3, beta=2000.0, lora_rank=4, lora_alpha=8.0, dtype="fp32",
+                                      cache=str(wan / "cache"), out=str(wan / name)), **changes})
+
+
+def test_dpo_on_wan_trains_a_lora_that_diffusers_loads_to_the_same_model(wan, capsys):
+    train_align.main(wan_args(wan, "dpo"))
+    first, last = ends(wan / "dpo")
+    assert last < first
+    tensors = model_file.read_tensors(wan / "dpo/lora.safetensors")[0]
+    names = [f"blocks.{i}.{a}.{x}" for i in (0, 1) for a in ("self_attn", "cross_attn") for x in "qkvo"]
+    assert set(tensors) == {f"diffusion_model.{name}.lora_{ab}.weight" for name in names for ab in "AB"}
+
+    ours, xt, t, text = sample.load_model(wan / "dpo"), torch.randn(1, 16, 2, 4, 6), torch.tensor([0.3]), torch.randn(1, 7, 24)
+    base = sample.load_model(wan)(xt, t, text)
+    v = ours(xt, t, text)
+    assert (v - base).abs().max() > 1e-3
+    pytest.importorskip("peft")
+    pipe = pipeline(wan)
+    pipe.load_lora_weights(str(wan / "dpo"), weight_name="lora.safetensors")
+    theirs = pipe.transformer(xt, 1000 * t, text).sample
+    assert (v - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def test_sft_rwr_bf16_and_checkpointing_on_wan(wan):
+    """The paper's losses run in the precision and with the memory saving that a real Wan needs."""
+    for name, changes in (("sft", dict(loss="sft", dtype="bf16")), ("plain", dict(checkpointing=False))):
+        train_align.main(wan_args(wan, name, steps=2, accumulate=1, batch=2, **changes))
+    train_align.main(wan_args(wan, "kept", steps=2, accumulate=1, batch=2, checkpointing=True))
+    plain, kept = (model_file.read_tensors(wan / name / "lora.safetensors")[0] for name in ("plain", "kept"))
+    assert all(torch.allclose(plain[k], kept[k], atol=1e-6) for k in plain)
+
+
+def test_wan_is_sampled_side_by_side_under_the_names_that_vbench_expects(wan, tmp_path):
+    (tmp_path / "prompts.csv").write_text("prompt,prompt_shorter\na cat runs and runs,a cat runs\na dog sleeps,\n")
+    train_align.main(wan_args(wan, "side", steps=2))
+    args = dict(ckpt=str(wan / "side"), prompts=str(tmp_path / "prompts.csv"), n_per_prompt=2, frames=5, size=(32, 48), steps=2)
+    sample.main(sample.Args(**args, against="base", out=str(tmp_path / "out")))
+    names = {"a cat runs-0.mp4", "a cat runs-1.mp4", "a dog sleeps-0.mp4", "a dog sleeps-1.mp4"}
+    for folder in (tmp_path / "out", tmp_path / "out/start"):
+        assert {p.name for p in folder.glob("*.mp4")} == names and (folder / "samples.png").exists()
+    frames, fps = data.read_video(tmp_path / "out/a dog sleeps-1.mp4")
+    assert frames.shape == (5, 32, 48, 3) and fps == 16
+
+
+def test_lora_files_of_diffusers_names_load_too(wan, tmp_path):
+    m = add_lora(sample.load_model(wan), 2, 4.0)
+    for name, q in m.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(q)
+    save_lora(m, tmp_path / "a.safetensors")
+    tensors = model_file.read_tensors(tmp_path / "a.safetensors")[0]
+    names = {k: "transformer." + model_file.to_diffusers(k.removeprefix("diffusion_model.")) for k in tensors}
+    assert "transformer.blocks.0.attn1.to_out.0.lora_A.weight" in names.values()
+    model_file.save_tensors({names[k]: v for k, v in tensors.items()}, tmp_path / "b.safetensors")
+    a, b = (load_lora(sample.load_model(wan), tmp_path / f"{x}.safetensors").state_dict() for x in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # ---- what ships ----
