@@ -38,7 +38,12 @@ from model import Config, LayerNorm, VideoDiT, add_lora, load_strict, read_tenso
 # ---- the latent reward ----
 
 class LatentReward(nn.Module):
-    """Scores of noisy latents: the first blocks of a VideoDiT, then one attention query and head per dimension."""
+    """Scores of noisy latents: the first blocks of a VideoDiT, one attention query and head per dimension.
+
+    The paper gives no head. Two things matter in this one: tokens meet a nonlinearity before they are pooled, since
+    their mean alone hardly tells a circle from a square; and the prompt multiplies what was pooled, since whether a
+    video shows what it says is a product of both.
+    """
 
     def __init__(self, config, depth=2):
         super().__init__()
@@ -47,7 +52,8 @@ class LatentReward(nn.Module):
         self.dit.head = None                                                    # it draws no video
         self.norm = LayerNorm(config.dim, config.eps)
         self.query = nn.Parameter(torch.randn(len(DIMS), config.dim) / config.dim**0.5)
-        self.hidden = nn.Linear(config.dim, config.dim)
+        self.hidden, self.word = nn.Linear(config.dim, config.dim), nn.Linear(config.dim, config.dim)
+        nn.init.normal_(self.word.weight, std=config.dim**-0.5)
         self.out = nn.Parameter(torch.randn(len(DIMS), config.dim) / config.dim**0.5)
         self.register_buffer("mean", torch.zeros(len(DIMS)))                    # of raw scores on the validation set
         self.register_buffer("std", torch.ones(len(DIMS)))
@@ -56,8 +62,11 @@ class LatentReward(nn.Module):
         """Raw scores (B, 3) from xt (B, C, T, H, W), t (B,) in [0, 1] and text (B, S, text_dim)."""
         h = self.norm(self.dit(xt, t, text, depth=self.depth))                  # (B, L, D)
         look = (h @ self.query.T).softmax(dim=1)                                # (B, L, 3): where each dimension looks
-        h = F.gelu(self.hidden(look.transpose(1, 2) @ h))                       # (B, 3, D)
-        return (h * self.out).sum(-1)
+        h = look.transpose(1, 2) @ F.gelu(self.hidden(h))                       # (B, 3, D)
+        said = text.any(dim=-1, keepdim=True).type_as(text)                     # (B, S, 1): 0 after the last word
+        words = (self.dit.text_embedding(text) * said).sum(1) / said.sum(1).clamp(min=1)
+        gate = 1 + self.word(F.layer_norm(words, words.shape[-1:]))             # (B, D)
+        return (h * gate[:, None] * self.out).sum(-1)
 
     def score(self, xt, t, text, normalise=True):
         """Scores (B, 3), z-normalised on the validation set unless normalise is off."""
