@@ -263,7 +263,8 @@ class Args:
     eval: int = 0                           # toy: instead of writing videos, win rates on this many held-out draws
     split: str = "eval"                     # toy, with --eval: prompts to draw, eval or val
     against: str = ""                       # model to compare with; base: without adapters; toy, unset: unguided
-    reward: str = ""                        # with --against: run folder of the reward that judges a Wan
+    reward: str = ""                        # with --against: the reward that judges a Wan
+    template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     compare: list = ()                      # run folders to compare by their eval.json; nothing is sampled
     out: str = "runs/sample"                # folder for the results
 
@@ -361,7 +362,7 @@ def main(args):
             with start() as start_model:
                 start_latents = write_videos(run / "start", names, generate(start_model, **settings), codec.fps, toy)
         if args.reward:
-            judge = load_reward(args.reward)
+            judge = load_reward(args.reward, template=args.template or None)
             r, r_start = (judged(judge, folder, names, x, prompts, codec)
                           for folder, x in ((run, latents), (run / "start", start_latents)))
             result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "n": len(prompts)}

@@ -11,6 +11,7 @@ encoded once into --cache, and the file's own labels decide unless --labels rewa
 what differs from the paper. --resume goes on with a run that was stopped, exactly where it was.
 """
 import copy
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,14 +20,14 @@ from typing import Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from data import (DIMS, ORACLE_STD, RENDERERS, WanCodec, check_clip_args, check_out, command, ctrl_c,
                   draw_noise, embed_text, encode, fail, find, flawed_videos, load_state, log, overall, parse_args,
                   prefetch, read_pairs, render_as, rng, save_state, start_run, step_rows, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora
-from reward import LatentReward, score_clean
+from reward import VideoReward, load_reward, score_clean, score_videos
 from sample import eval_prompts, evaluate, find_model, load_model, report, toy_videos
 
 # What unset flags fall to. The second column is the paper's Table 10, which has one recipe for all three losses;
@@ -54,7 +55,8 @@ class Args:
     model: str = "assets/base"              # the model to align: a run folder, or a Wan folder or hub repository
     pairs: str = ""                         # CSV or JSONL of preference pairs for a Wan; unset, Shapes world's
     labels: Literal["reward", "human", "oracle"] | None = None  # who decides the pairs; human: the file's own labels
-    reward: str = "assets/reward"           # run folder of the reward that labels
+    reward: str = "assets/reward"           # the reward that labels: a run folder, or a VideoReward for files
+    template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     dim_w: tuple = (1.0, 1.0, 1.0)          # weights of VQ, MQ, TA in the overall reward; 0,0,1 aligns TA alone
     n_pairs: int = 2400                     # pairs of Shapes world
     beta: float = 500.0                     # dpo: KL strength, in units of the per-element MEAN error
@@ -112,6 +114,21 @@ def objective(args, model, reference, x0, text, t, eps, weight):
     return loss, torch.stack([t, loss], dim=1).detach()
 
 
+def score_pairs(args, pairs, reward):
+    """Normalised scores (n, 2, 3) of A and B: of their latents at t = 0, or of their files by a VideoReward."""
+    if isinstance(reward, VideoReward):
+        try:
+            paths = [path for pair in pairs.paths for path in pair]
+            prompts = [prompt for prompt in pairs.prompts for _ in "AB"]
+            return score_videos(reward, paths, prompts, f"{args.cache}/scores.jsonl").view(-1, 2, len(DIMS))
+        except ValueError as e:
+            fail(e)
+    parts = torch.arange(len(pairs.prompts)).split(256 if pairs.files is None else 1)
+    scores = [score_clean(reward, pairs.latents(part).flatten(0, 1), pairs.text(part).repeat_interleave(2, 0))
+              for part in tqdm(parts, desc="scoring", leave=False)]
+    return torch.cat(scores).view(-1, 2, len(DIMS))
+
+
 def label_pairs(args, pairs, reward):
     """(usable rows, order (n, 2), r (n, 2) or None): A and B as indices, the winner first, and their scalar
     rewards in that order.
@@ -128,12 +145,8 @@ def label_pairs(args, pairs, reward):
         if not len(rows):
             fail(f"none of the {len(margin)} pairs is decided by its labels under --dim_w {args.dim_w}")
     else:
-        if args.labels == "oracle":
-            r = overall(pairs.score / torch.tensor(ORACLE_STD), args.dim_w)
-        else:
-            scores = [score_clean(reward, pairs.latents(part).flatten(0, 1), pairs.text(part).repeat_interleave(2, 0))
-                      for part in rows.split(256 if pairs.files is None else 1)]
-            r = overall(torch.cat(scores).view(-1, 2, len(DIMS)), args.dim_w)
+        score = pairs.score / torch.tensor(ORACLE_STD) if args.labels == "oracle" else score_pairs(args, pairs, reward)
+        r = overall(score, args.dim_w)
         margin = r[:, 0] - r[:, 1]
     b_wins = (margin < 0).long()
     order = torch.stack([b_wins, 1 - b_wins], dim=1)
@@ -200,7 +213,7 @@ def check(args):
             fail("--labels oracle knows Shapes world alone: with --pairs use human, the file's labels, or reward")
     if not pretrain:
         find_model(args.model)
-        if args.labels == "reward":
+        if args.labels == "reward" and not wan:
             find(args.reward, "reward.safetensors")
     check_out(args.out)
 
@@ -236,7 +249,7 @@ def main(args):
         usable = torch.arange(per_step)
     else:
         if args.labels == "reward":
-            reward = LatentReward.from_pretrained(args.reward).to(device)
+            reward = load_reward(args.reward, template=args.template or None).to(device)
         usable, order, r = label_pairs(args, pairs, reward)
         load = partial(pair_batch, args, pairs, order)
         per_step = 2 * args.batch if args.loss == "sft" else args.batch         # all see 2 x batch videos a step
@@ -257,6 +270,8 @@ def main(args):
         rows = usable if pretrain else usable[step_rows(len(usable), per_step, args.seed, step)]
         return rows.chunk(args.accumulate)
 
+    if args.pairs:
+        expect_memory(args, model, pairs)
     batches = prefetch(load, ((step, ids) for step in range(first, args.steps) for ids in parts(step)))
     stats, tic = [], time.time()
     with ctrl_c() as stopped:
@@ -287,6 +302,9 @@ def main(args):
                         a.lerp_(p, 1 - decay)
 
             done = step + 1
+            if args.pairs and done - first == 5:
+                seconds = (time.time() - tic) / 5
+                bar.write(f"{seconds:.1f} s a step: {(args.steps - done) * seconds / 3600:.1f} hours to go")
             if done % 10 == 0 or done == args.steps:
                 event = summary(torch.cat(stats).cpu())
                 shown = [k for k in ("loss", "implicit_acc", "gap_w", "gap_l") if k in event]
@@ -298,6 +316,23 @@ def main(args):
                 if stopped():
                     fail(f"stopped after step {done}: the same command with --resume goes on from there")
     return finish(args, run, average or model, reference, reward)
+
+
+def expect_memory(args, model, pairs):
+    """Print about how much memory training will take: weights, optimizer, activations."""
+    c, bytes_of = model.config, lambda ps, extra=0: sum(p.numel() * (p.element_size() + extra) for p in ps)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = bytes_of(model.parameters()) * (1 if args.lora_rank else 2)       # the frozen copy
+    optimizer = bytes_of(trained, 8 if not args.ema else 12)                    # gradient, two moments, average
+    shape = pairs.latents([0]).shape[3:]
+    tokens = 2 * -(-args.batch // args.accumulate) * math.prod(n // p for n, p in zip(shape, c.patch_size))
+    width = 2 if args.dtype == "bf16" else 4
+    block = tokens * (16 * c.dim + 2 * c.ffn_dim) * width                       # what one block keeps for its backward
+    kept = tokens * 3 * c.dim * width                                           # its input and both attentions' outputs
+    activations = block + c.num_layers * kept if args.checkpointing else c.num_layers * block
+    total = weights + optimizer + activations
+    print(f"expecting about {total / 1e9:.1f} GB: weights {weights / 1e9:.1f}, gradients and optimizer "
+          f"{optimizer / 1e9:.1f}, activations {activations / 1e9:.1f}")
 
 
 def summary(stats):
@@ -321,6 +356,8 @@ def finish(args, run, model, reference, reward):
     else:
         model.save_pretrained(run / "transformer", metadata, torch.float16 if args.loss == "pretrain" else None)
     if args.pairs:
+        peak = torch.cuda.max_memory_allocated() if next(model.parameters()).is_cuda else None
+        print("" if peak is None else f"peak memory {peak / 1e9:.1f} GB; ", end="")
         print(f"wrote {run}; see and judge it: python sample.py --ckpt {run} --prompts prompts.csv --against base")
         return None
     prompts = eval_prompts(args.eval_n, args.split)
