@@ -655,7 +655,11 @@ def test_patches_are_those_of_transformers_own_processor():
         row, column = n // 4 // 13 * 2 + n % 4 // 2, n // 4 % 13 * 2 + n % 2
         seen = frames[:, row * 14:row * 14 + 14, column * 14:column * 14 + 14].transpose(3, 0, 1, 2) / 255
         assert np.abs(x[n].numpy() - seen).max() < 1e-5, n
-    x, _ = reward.patchify(g.integers(0, 256, (2, 97, 131, 3), dtype=np.uint8), (280, 364))
+    for height, width in ((97, 131), (900, 700)):                               # resized by Pillow there, by torch here
+        frame = g.integers(90, 166, (height, width, 3), dtype=np.uint8)         # mid greys: Pillow clamps between its two passes
+        out = processor(Image.fromarray(frame), return_tensors="pt")
+        x, grid = reward.patchify(frame[None].repeat(2, 0), reward.frame_size(height, width))
+        assert grid.tolist() == out["image_grid_thw"][0].tolist() and (x - out["pixel_values"]).abs().max() * 0.27 * 255 < 1.5
     grey = (x.view(-1, 3, 2, 14, 14) * reward.PIXEL_STD[None, :, None] + reward.PIXEL_MEAN[None, :, None]) * 255
     assert (grey - grey.round()).abs().max() < 1e-3 and grey.min() > -0.01 and grey.max() < 255.01
 
@@ -700,7 +704,7 @@ def test_interrupted_scoring_goes_on_and_nothing_is_scored_twice(qwen, tmp_path,
     def score(paths, prompts, normalise):
         if len(scored) == 2:
             raise KeyboardInterrupt
-        scored.append((paths[0].stem, prompts[0]))
+        scored.append((Path(paths[0]).stem, prompts[0]))
         return reward.VideoReward.score(own, paths, prompts, normalise)
     monkeypatch.setattr(own, "score", score)
     with pytest.raises(KeyboardInterrupt):

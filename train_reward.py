@@ -31,7 +31,7 @@ RECIPES = {
     "toy":  dict(model="assets/base", lr=1e-3, accumulate=1, steps=2000),
     "qwen": dict(lr=2e-6, accumulate=32),
 }
-# VideoReward's accuracy in the paper (Table 2), as a share. GenAI-Bench has one label, and there TA alone was the score.
+# VideoReward's accuracies in the paper (Table 2). GenAI-Bench has one label, and TA alone was held against it.
 PAPER = {"VideoGen-RewardBench": {"VQ": (.7566, .5968), "MQ": (.7470, .6603), "TA": (.7220, .5380),
                                   "Overall": (.7359, .6126)},
          "GenAI-Bench": {"Overall": (.7289, .4941)}}
@@ -70,8 +70,7 @@ def pair_scores(args, reward, pairs, rows, step, t=None):
             inputs = [x.to(device) for x in reward.inputs(*zip(*both))]
         except ValueError as e:
             fail(e)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return reward(*inputs).view(len(rows), 2, len(DIMS))
+        return reward(*inputs).view(len(rows), 2, len(DIMS))
     t, eps_a, eps_b = pair_noise(args, pairs, rows, step, t)
     x0 = pairs.latents(rows)
     xt = torch.stack([mix(x0[:, 0], eps_a, t), mix(x0[:, 1], eps_b, t)], dim=1).flatten(0, 1)
@@ -237,7 +236,7 @@ def evaluate_toy(args, reward):
 
 
 def benchmark(args, reward, pairs):
-    """Measure a trained reward: on a pairs file beside the paper's row, or of the toy; returns what eval.json holds."""
+    """Measure a trained reward, on a pairs file beside the paper's row or on the toy; returns what eval.json holds."""
     if isinstance(reward, LatentReward):
         result = evaluate_toy(args, reward)
     else:
@@ -267,7 +266,8 @@ def write_scores(path, pairs, r):
     r = torch.cat([r, overall(r)[..., None]], dim=-1).flatten(1).tolist()
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["path_A", "path_B", "prompt", *names, *(f"score_{side}_{dim}" for side in "AB" for dim in names)])
+        scores = [f"score_{side}_{dim}" for side in "AB" for dim in names]
+        table.writerow(["path_A", "path_B", "prompt", *names, *scores])
         for pair, prompt, label, scores in zip(pairs.paths, pairs.prompts, pairs.label.tolist(), r):
             table.writerow([*pair, prompt, *(words.get(x, "") for x in label), *(f"{x:.4f}" for x in scores)])
 
@@ -276,8 +276,9 @@ def print_accuracies(rows):
     """Print a Markdown table of accuracies {name: {dimension: {"without": .., "with": ..}}}."""
     names = (*DIMS, "Overall")
     print("| accuracy without / with ties, % | " + " | ".join(names) + " |\n|---|" + "---|" * 4)
-    for name, row in rows.items():
-        cells = [f"{100 * row[dim]['without']:.1f} / {100 * row[dim]['with']:.1f}" if dim in row else "–" for dim in names]
+    for name, row in rows.items():                                              # empty where nothing is labelled
+        cells = [f"{100 * row[dim]['without']:.1f} / {100 * row[dim]['with']:.1f}" if dim in row else ""
+                 for dim in names]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
