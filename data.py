@@ -167,6 +167,12 @@ def log(run, **event):
         file.write(json.dumps({"time": round(time.time(), 1), **event}) + "\n")
 
 
+def read_log(run):
+    """The events in the run's log.jsonl; a last line that was cut short when the run was killed is left out."""
+    lines = (run / "log.jsonl").read_text().split("\n")[:-1] if (run / "log.jsonl").exists() else []
+    return [json.loads(line) for line in lines]
+
+
 @contextmanager
 def ctrl_c():
     """Inside, Ctrl-C does not stop the program: it makes the function that this gives return True. Twice stops it."""
@@ -229,8 +235,8 @@ def load_state(run, parts):
                 part.load_state_dict(state[name], strict=False)
             elif part is not None:
                 part.load_state_dict(state[name])
-        lines = [line for line in open(run / "log.jsonl") if json.loads(line).get("step", 0) <= state["step"]]
-        Path(run / "log.jsonl").write_text("".join(lines))
+        events = [event for event in read_log(run) if event["step"] <= state["step"]]
+        Path(run / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
         print(f"going on after step {state['step']} of {file}")
         return state["step"]
     print(f"{run} holds no state yet: starting at step 0")

@@ -176,12 +176,34 @@ def win_rates(r, r_start):
     return {dim: round(win_rate(r[:, k], r_start[:, k]), 4) for k, dim in enumerate((*DIMS, "Overall"))}
 
 
+def look(videos):
+    """What a hacked reward likes to spoil, of videos (.., 3, T, H, W): means of motion (change from frame to frame),
+    saturation and brightness, in [0, 1].
+    """
+    x = (videos + 1) / 2
+    values = {"motion": x.diff(dim=-3).abs(), "saturation": x.amax(-4) - x.amin(-4), "brightness": x}
+    return {name: round(x.mean().nan_to_num().item(), 4) for name, x in values.items()}
+
+
+def hacking(result):
+    """A line if the reward prefers the new videos while the oracle does not, or while a mean of look is 30 % below
+    the start's; else "".
+    """
+    fell = [f"{name} fell from {x:.3f} to {result['look'][name]:.3f}" for name, x in result["look_start"].items()
+            if result["look"][name] < 0.7 * x]
+    judge = result.get("win_rate_reward", result["win_rate"])["Overall"]
+    if (truth := result["win_rate"]["Overall"]) < 0.5:
+        fell.append(f"the oracle prefers them in {truth:.0%} only")
+    hacked = judge > 0.5 and fell
+    return f"reward hacking? The reward prefers the videos in {judge:.0%}, but {', '.join(fell)}" if hacked else ""
+
+
 def evaluate(videos, start, prompts, reward=None):
     """Win rates on Shapes world of videos over start, made from the same noise: by the oracle, and by the reward
     that labelled the pairs.
 
     Returns {"win_rate": {"VQ", "MQ", "TA", "Overall"}, "win_rate_reward": ditto, "oracle": mean scores,
-    "oracle_start", "n"}.
+    "oracle_start", "look": means of look, "look_start", "n"}.
     """
     score, score_start = oracle(videos, prompts), oracle(start, prompts)
     result = {"win_rate": win_rates(with_overall(score)[:, :3], with_overall(score_start)[:, :3])}
@@ -190,7 +212,7 @@ def evaluate(videos, start, prompts, reward=None):
         result["win_rate_reward"] = win_rates(*(score_clean(reward, x, text) for x in (videos, start)))
     for name, s in (("oracle", score), ("oracle_start", score_start)):
         result[name] = {dim: round(s[:, k].mean().item(), 4) for k, dim in enumerate(DIMS)}
-    return {**result, "n": len(prompts)}
+    return {**result, "look": look(videos), "look_start": look(start), "n": len(prompts)}
 
 
 def report(run, result, prompts, videos, start):
@@ -205,6 +227,8 @@ def report(run, result, prompts, videos, start):
                                          (f"{run.name}:  {caption_of(score_b)}", b)]
                                         for prompt, a, score_a, b, score_b in rows])
     print(table({run.name: result}))
+    if said := hacking(result):
+        print(said)
 
 
 def table(results):
@@ -357,17 +381,21 @@ def main(args):
         report(run, result, prompts, videos, start_videos)
     else:
         names = file_names(args, rows)
-        latents, result = write_videos(run, names, drawn, codec.fps, toy), None
+        (latents, looks), result = write_videos(run, names, drawn, codec.fps, toy), None
         if args.against:
             with start() as start_model:
-                start_latents = write_videos(run / "start", names, generate(start_model, **settings), codec.fps, toy)
+                start_latents, start_looks = write_videos(run / "start", names, generate(start_model, **settings),
+                                                          codec.fps, toy)
         if args.reward:
             judge = load_reward(args.reward, template=args.template or None)
             r, r_start = (judged(judge, folder, names, x, prompts, codec)
                           for folder, x in ((run, latents), (run / "start", start_latents)))
-            result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "n": len(prompts)}
+            result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "look": looks, "look_start": start_looks,
+                      "n": len(prompts)}
             write_json(run / "eval.json", result)
             print(table({run.name: result}))
+            if said := hacking(result):
+                print(said)
     if ratios:
         by_step = [np.mean(ratios[k::args.steps - 1]) for k in range(args.steps - 1)]
         print("guidance / velocity, by step:", " ".join(f"{ratio:.2f}" for ratio in by_step))
@@ -375,11 +403,14 @@ def main(args):
 
 
 def write_videos(folder, names, drawn, fps, toy):
-    """Write drawn (latents, video) pairs as <name>.mp4 and the first of them as samples.png; returns the latents."""
+    """Write drawn (latents, video) pairs as <name>.mp4 and the first of them as samples.png; returns the latents and
+    the means of look.
+    """
     folder.mkdir(exist_ok=True)
-    latents, cells = [], []
+    latents, looks, cells = [], [], []
     for name, (x, video) in zip(names, drawn):
         latents.append(x)
+        looks.append(look(video))
         if len(cells) < 12:
             some = np.linspace(0, video.shape[1] - 1, min(8, video.shape[1])).round()
             cells.append([(name, video[:, some])])
@@ -388,7 +419,7 @@ def write_videos(folder, names, drawn, fps, toy):
         write_video(folder / f"{name}.mp4", video, fps)
     contact_sheet(folder / "samples.png", cells)
     print(f"wrote {len(latents)} mp4 and samples.png to {folder}")
-    return torch.stack(latents)
+    return torch.stack(latents), {name: round(np.mean([x[name] for x in looks]), 4) for name in looks[0]}
 
 
 def judged(reward, folder, names, latents, prompts, codec):

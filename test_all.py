@@ -907,7 +907,7 @@ def test_human_labels_decide_by_sign_and_drop_ties():
 
 def test_sample_writes_videos_guides_evaluates_and_compares(runs):
     common = dict(ckpt=str(runs / "base"), steps=3)
-    sample.main(sample.Args(**common, prompt=["a red circle moving left"], n=2, cfg=2.0, nrg=str(runs / "noisy"), out=str(runs / "videos")))
+    sample.main(sample.Args(**common, prompt=["a red circle moving left"], n_per_prompt=2, cfg=2.0, nrg=str(runs / "noisy"), out=str(runs / "videos")))
     frames, _ = data.read_video(runs / "videos" / "001.mp4")
     assert frames.shape == (8, 192, 192, 3)
     result = sample.main(sample.Args(**common, nrg=str(runs / "noisy"), eval=18, dim_w=(0.0, 0.0, 1.0), out=str(runs / "nrg")))
@@ -974,6 +974,49 @@ def test_bad_input_ends_in_one_line_and_status_2(script, argv, says, tmp_path, r
     said = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and says in said[-1] and said[-1].startswith("error:") and len(said) == 1, said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- a run one can trust: diagnosis ----
+
+HEALTHY = [dict(step=10 * i, loss=0.693 - 0.02 * i, logit=0.05 * i, grad_factor=0.5 - 0.02 * i, margin=0.0003 * i, gap_w=0.0008 * i,
+                gap_l=0.0011 * i, err_ref_w=0.036) for i in range(1, 11)]
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(logit=0.001), "the loss is still log 2, with logits of 0.0010"),
+    (dict(grad_factor=0.004), "saturated: the gradient has 0.40% of its strength left"),
+    (dict(gap_w=0.02, gap_l=0.03), "a worse loser alone: the winner's error is 0.0200 above the reference's 0.0360"),
+    (dict(gap_w=0.08, margin=-0.01), "errors explode"), (dict(loss=1.5), "errors explode"), ({}, None)])
+def test_the_doctor_names_each_disease_once_and_is_silent_on_health(changes, says):
+    events = [HEALTHY[0]] + [e | changes for e in HEALTHY[1:]]
+    said = [verdict for i in range(1, 11) for verdict in train_align.diagnose(events[:i])]
+    assert len(said) == bool(says) and all(says in verdict for verdict in said), said
+
+
+def test_the_doctor_reads_logit_and_gradient_factor_off_the_loss():
+    logit = torch.tensor([-3.0, 0.0, 0.5, 20.0, 1000.0])
+    stats = torch.stack([torch.rand(5), -torch.nn.functional.logsigmoid(logit), *torch.rand(3, 5)], dim=1)
+    for i in range(4):
+        event = train_align.summary(stats[i:i + 1])
+        assert event["logit"] == pytest.approx(abs(logit[i].item()), abs=1e-4)
+        assert event["grad_factor"] == pytest.approx(torch.sigmoid(-logit[i]).item(), rel=1e-3)
+    assert np.isfinite(train_align.summary(stats)["logit"])                     # a loss of exactly 0
+    sft = [dict(step=10 * i, loss=loss) for i, loss in enumerate((0.04, 0.05, 0.09), 1)]
+    assert not train_align.diagnose(sft[:2]) and "explode" in train_align.diagnose(sft)[0]
+    assert re.search("250 .* 0.0362 .* 13,824 numbers, 0.0181 ", train_align.beta_elsewhere(500.0, 13824))
+
+
+def test_a_hacked_reward_is_named_and_a_good_run_is_not():
+    g = rng(0)
+    video = render(attributes(PROMPTS), torch.zeros(len(PROMPTS), len(DEFECTS)), g).float()
+    grey, still = video.mean(1, keepdim=True).expand_as(video), video[:, :, :1].expand_as(video)
+    rates = lambda x: dict.fromkeys((*DIMS, "Overall"), x)
+    result = {"win_rate": rates(0.8), "win_rate_reward": rates(0.9), "look": sample.look(video), "look_start": sample.look(video)}
+    assert not sample.hacking(result) and sample.look(video[0]).keys() == {"motion", "saturation", "brightness"}
+    assert re.search(r"in 90%, but saturation fell from 0\.\d+ to 0.000$", sample.hacking(result | {"look": sample.look(grey)}))
+    assert re.search(r"but motion fell from 0\.\d+ to 0.000$", sample.hacking(result | {"look": sample.look(still)}))
+    assert "the oracle prefers them in 30% only" in sample.hacking(result | {"win_rate": rates(0.3)})
+    assert not sample.hacking(result | {"win_rate_reward": rates(0.4), "look": sample.look(grey)})
 
 
 # ---- Wan 2.1: a tiny random pipeline of the real classes, saved by diffusers and transformers themselves ----

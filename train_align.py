@@ -13,6 +13,7 @@ what differs from the paper. --resume goes on with a run that was stopped, exact
 import copy
 import math
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,8 @@ from tqdm import tqdm, trange
 
 from data import (DIMS, ORACLE_STD, RENDERERS, WanCodec, check_clip_args, check_out, command, ctrl_c,
                   draw_noise, embed_text, encode, fail, find, flawed_videos, load_state, log, overall, parse_args,
-                  prefetch, read_pairs, render_as, rng, save_state, start_run, step_rows, toy_pairs, world_hash)
+                  prefetch, read_log, read_pairs, render_as, rng, save_state, start_run, step_rows, toy_pairs,
+                  world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora
 from reward import VideoReward, load_reward, score_clean, score_videos
@@ -96,7 +98,8 @@ def errors(model, x0, text, t, eps):
 
 
 def objective(args, model, reference, x0, text, t, eps, weight):
-    """(loss of each sample (B,), what to log of it (B, 2 or 4): t, loss[, gap of the winner, of the loser]).
+    """(loss of each sample (B,), what to log of it (B, 2 or 5): t, loss[, gap of the winner, of the loser, error of the
+    reference on the winner]).
 
     x0 (B, K, C, T, H, W): the winner first; both share t and eps. weight (B, 2): Flow-RWR's. reference: a context
     manager that gives the frozen model.
@@ -106,7 +109,7 @@ def objective(args, model, reference, x0, text, t, eps, weight):
         with torch.no_grad(), reference() as frozen:
             err_ref_w, err_ref_l = errors(frozen, x0, text, t, eps).unbind(1)
         loss = flow_dpo(err_w, err_l, err_ref_w, err_ref_l, beta_schedule(args.beta, t, args.beta_schedule))
-        return loss, torch.stack([t, loss, err_w - err_ref_w, err_l - err_ref_l], dim=1).detach()
+        return loss, torch.stack([t, loss, err_w - err_ref_w, err_l - err_ref_l, err_ref_w], dim=1).detach()
     if args.loss == "rwr":
         loss = (weight * errors(model, x0, text, t, eps)).mean(1)
     else:                                                                       # sft and pretrain: the first video
@@ -272,8 +275,10 @@ def main(args):
 
     if args.pairs:
         expect_memory(args, model, pairs)
+    if args.loss == "dpo":
+        print(beta_elsewhere(args.beta, pairs.latents([0])[0, 0].numel()))
     batches = prefetch(load, ((step, ids) for step in range(first, args.steps) for ids in parts(step)))
-    stats, tic = [], time.time()
+    events, stats, tic = read_log(run), [], time.time()
     with ctrl_c() as stopped:
         for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=args.loss)):
             for optimizer in optimizers:
@@ -309,7 +314,11 @@ def main(args):
                 event = summary(torch.cat(stats).cpu())
                 shown = [k for k in ("loss", "implicit_acc", "gap_w", "gap_l") if k in event]
                 bar.set_postfix({k: f"{event[k]:.4f}" for k in shown})
-                log(run, step=done, grad_norm=grad_norm.item(), seconds=round(time.time() - tic, 1), **event)
+                event = {"step": done, "grad_norm": grad_norm.item(), "seconds": round(time.time() - tic, 1), **event}
+                events.append(event)
+                for verdict in diagnose(events):
+                    bar.write(f"step {done}: {verdict}")
+                log(run, **event)
                 stats = []
             if done < args.steps and (done % args.save_every == 0 or stopped()):
                 save_state(run, done, state)
@@ -336,15 +345,50 @@ def expect_memory(args, model, pairs):
 
 
 def summary(stats):
-    """What to log of rows (t, loss[, gap_w, gap_l]): means, implicit accuracy, margin, loss in ten bins of t."""
+    """What to log of rows (t, loss[, gap_w, gap_l, err_ref_w]): means, loss in ten bins of t; of DPO also the implicit
+    accuracy, the margin, the size of the loss's logit and its gradient factor, both as the loss itself tells them.
+    """
     t, losses = stats[:, 0], stats[:, 1]
     bins = [losses[(t * 10).long().clamp(max=9) == b] for b in range(10)]
     event = {"loss": losses.mean().item(), "loss_by_t": [x.mean().item() if len(x) else None for x in bins]}
-    if stats.shape[1] == 4:
+    if stats.shape[1] > 2:
         margin = stats[:, 3] - stats[:, 2]                                      # > 0: the pair is ranked as labelled
+        factor = -torch.expm1(-losses.clamp(min=1e-30))                         # sigmoid(-logit): 1/2 at the start
         event |= {"implicit_acc": (margin > 0).float().mean().item(), "margin": margin.mean().item(),
-                  "gap_w": stats[:, 2].mean().item(), "gap_l": stats[:, 3].mean().item()}
+                  "logit": (losses + factor.log()).abs().mean().item(), "grad_factor": factor.mean().item()}
+        event |= dict(zip(("gap_w", "gap_l", "err_ref_w"), stats[:, 2:].mean(0).tolist()))
     return event
+
+
+# ---- the doctor ----
+
+# (condition, sentence), of an event and of the run's first. Healthy runs are silent: when the toy's DPO works, the
+# size of its logits passes 0.1 within 50 steps, its gradient factor stays above 0.3, and the winner's error rises to
+# no more than 1.3 times the reference's, the loser's a little further.
+SYMPTOMS = (
+    (lambda e, first: e["step"] >= 50 and e["logit"] < 0.02,
+     "the loss is still log 2, with logits of {logit:.4f}: nothing is learnt; raise --beta or --lr"),
+    (lambda e, first: e["grad_factor"] < 0.01,
+     "saturated: the gradient has {grad_factor:.2%} of its strength left; lower --beta"),
+    (lambda e, first: e["margin"] > 0 and e["gap_w"] > 0.5 * e["err_ref_w"],
+     "the margin grows by a worse loser alone: the winner's error is {gap_w:.4f} above the reference's "
+     "{err_ref_w:.4f}; lower --lr or raise --beta"),
+    (lambda e, first: e["gap_w"] > 2 * e["err_ref_w"] or e["loss"] > 2 * first["loss"],
+     "errors explode: look at loss, gap_w and gap_l in log.jsonl; lower --lr"),
+)
+
+
+def diagnose(events):
+    """The sentences of SYMPTOMS that are true of the last of a run's events and were not of an earlier one."""
+    events = [defaultdict(lambda: math.nan, e) for e in events]                 # what is not logged compares as false
+    return [sentence.format_map(events[-1]) for true, sentence in SYMPTOMS
+            if true(events[-1], events[0]) and not any(true(e, events[0]) for e in events[:-1])]
+
+
+def beta_elsewhere(beta, size):
+    """A line that says what other repositories call this beta, for videos of size numbers."""
+    return (f"beta {beta:g} is of mean errors, with a 1/2 before it; elsewhere it is called {beta / 2:g} without the 1/2, "
+            f"{beta / size:.3g} with errors summed over a video's {size:,} numbers, {beta / size / 2:.3g} with neither")
 
 
 def finish(args, run, model, reference, reward):
