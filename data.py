@@ -14,7 +14,6 @@ import csv
 import difflib
 import hashlib
 import inspect
-import io
 import json
 import os
 import re
@@ -87,6 +86,14 @@ def parse_args(cls, doc, argv=None):
         hint = f", did you mean {near[0]}?" if near else ""
         fail(f"unknown argument {unknown[0]}{hint} (--help lists every flag)")
     return cls(**vars(args))
+
+
+def launch(main, cls, doc, argv=None):
+    """Run main with the arguments of the command line. A file or disk that fails ends in one line, exit status 2."""
+    try:
+        return main(parse_args(cls, doc, argv))
+    except OSError as e:
+        fail(str(e).splitlines()[0])
 
 
 def numbers(text):
@@ -204,43 +211,60 @@ def prefetch(load, keys):
 def save_state(run, step, parts):
     """Write what training needs to go on after step into run/state-<step>-<hash>.pt; the last two are kept.
 
-    parts: {name: module or optimizer or None}; of a module only what is trained. The hash of the content stands
-    in the name, which the file gets when it is complete.
+    parts: {name: module, optimizer, list or None}; of a module, its trained parameters. The file gets its name, with
+    the hash of its content in it, when it is complete.
     """
     state = {"step": step}
     for name, part in parts.items():
-        trained = {k for k, p in part.named_parameters() if p.requires_grad} if hasattr(part, "named_parameters") else None
-        if part is not None:
-            full = part.state_dict()
-            state[name] = full if trained is None else {k: v for k, v in full.items() if k in trained}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
-    Path(run / "state.tmp").write_bytes(buffer.getvalue())
-    os.replace(run / "state.tmp", run / f"state-{step:07}-{digest}.pt")
-    for old in sorted(run.glob("state-*.pt"))[:-2]:
+        if isinstance(part, torch.nn.Module):
+            state[name] = {k: p.data for k, p in part.named_parameters() if p.requires_grad}
+        elif part is not None:
+            state[name] = part if isinstance(part, list) else part.state_dict()
+    with open(run / "state.tmp", "wb") as file:
+        torch.save(state, file)
+    os.replace(run / "state.tmp", run / f"state-{step:07}-{content_hash(run / 'state.tmp')}.pt")
+    for old in sorted(run.glob("state-*-*.pt"))[:-2]:
         old.unlink()
 
 
 def load_state(run, parts):
-    """Bring parts to the newest whole state in run; returns its step, 0 if there is none."""
-    for file in sorted(run.glob("state-*.pt"), reverse=True):
-        content = file.read_bytes()
-        if hashlib.sha256(content).hexdigest()[:16] != file.stem.split("-")[2]:
+    """Bring parts to the newest whole state in run, and the log back to it; returns its step, 0 if there is none."""
+    for file in sorted(run.glob("state-*-*.pt"), reverse=True):
+        if content_hash(file) != file.stem.split("-")[2]:
             print(f"{file} is damaged: going back to the one before it")
             continue
-        state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        state = torch.load(file, weights_only=True, map_location="cpu")
         for name, part in parts.items():
-            if hasattr(part, "named_parameters"):
-                part.load_state_dict(state[name], strict=False)
+            if isinstance(part, list):
+                part[:] = state[name]
+            elif isinstance(part, torch.nn.Module):
+                part.load_state_dict(state[name], strict=False)                 # what is frozen is not in it
             elif part is not None:
                 part.load_state_dict(state[name])
-        events = [event for event in read_log(run) if event["step"] <= state["step"]]
-        Path(run / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-        print(f"going on after step {state['step']} of {file}")
-        return state["step"]
-    print(f"{run} holds no state yet: starting at step 0")
-    return 0
+        step = state["step"]
+        print(f"going on after step {step} of {file}")
+        break
+    else:
+        step = 0
+        print(f"{run} holds no whole state: starting at step 0")
+    events = [json.dumps(event) + "\n" for event in read_log(run) if event["step"] <= step]
+    Path(run / "log.tmp").write_text("".join(events))
+    os.replace(run / "log.tmp", run / "log.jsonl")
+    return step
+
+
+def content_hash(path):
+    """The first 16 digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def stop_broken(run, **facts):
+    """Write the facts of a step whose loss or gradient is not finite to broken.json, and stop: exit status 2."""
+    facts = json.loads(json.dumps(facts), parse_constant=str)                   # JSON has no nan
+    write_json(run / "broken.json", facts)
+    fail(f"step {facts['step']}: loss or gradient is not finite; {run / 'broken.json'} has its rows, t and losses, and "
+         "--resume repeats it: look at those rows, or start again with a lower --lr")
 
 
 # ---- randomness ----
@@ -908,8 +932,8 @@ def is_cached(file):
 
 def save_cached(x, file):
     """Write one tensor in bf16, to a temporary name and then renamed."""
-    from safetensors.torch import save_file
-    save_file({"x": x.to(torch.bfloat16).contiguous()}, f"{file}.tmp")
+    from safetensors.torch import save
+    Path(f"{file}.tmp").write_bytes(save({"x": x.to(torch.bfloat16).contiguous()}))
     os.replace(f"{file}.tmp", file)
 
 
@@ -1001,6 +1025,14 @@ def check_clip_args(args):
         fail(f"--size {','.join(map(str, args.size))}: give height and width, multiples of 16, such as 480,832")
 
 
+def fill_cache(args):
+    """Encode all that a pairs file names."""
+    check_clip_args(args)
+    check_out(args.cache)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encode(read_pairs(args.pairs), WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
+
+
 def shapes_sheet(path):
     """Draw the twelve renderers, and the same prompts without flaws, with their oracle scores."""
     prompts = PROMPTS[::6]                                                      # 12 of them, one for each renderer
@@ -1014,12 +1046,7 @@ def shapes_sheet(path):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["encode"]:
-        args = parse_args(Args, Args.__doc__, sys.argv[2:])
-        check_clip_args(args)
-        check_out(args.cache)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        pairs = read_pairs(args.pairs)
-        encode(pairs, WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
+        launch(fill_cache, Args, Args.__doc__, sys.argv[2:])
     elif sys.argv[1:]:
         fail(f"unknown argument {sys.argv[1]}: python data.py draws shapes.png, python data.py encode fills the cache")
     else:

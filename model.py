@@ -423,9 +423,13 @@ def to_official(key):
 
 def save_tensors(tensors, path, metadata=None):
     """Write tensors as safetensors, to a temporary name and then renamed: no reader meets half a file."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(tensors, f"{path}.tmp", {"format": "pt", **(metadata or {})})
+    try:
+        save_file(tensors, f"{path}.tmp", {"format": "pt", **(metadata or {})})
+    except SafetensorError as e:                                                # such as a full disk
+        raise OSError(f"{path} cannot be written: {e}") from None
     os.replace(f"{path}.tmp", path)
 
 

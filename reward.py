@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import (DIMS, FRAMES, HERE, SIZE, caption_of, check_world, embed_text, fail, find, flawed_videos, oracle,
-                  overall, parse_args, read_video, rng, to_float, video_info, write_json)
+from data import (DIMS, FRAMES, HERE, SIZE, caption_of, check_world, embed_text, fail, find, flawed_videos, launch,
+                  oracle, overall, read_video, rng, to_float, video_info, write_json)
 from model import Config, LayerNorm, VideoDiT, add_lora, load_strict, read_tensors, save_tensors
 
 
@@ -688,4 +688,4 @@ def print_toy(args, reward):
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    main(parse_args(Args, __doc__, ["--video"] * bool(words and not words[0].startswith("-")) + words))
+    launch(main, Args, __doc__, ["--video"] * bool(words and not words[0].startswith("-")) + words)

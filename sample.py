@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from data import (DIMS, FRAMES, HERE, PROMPTS, SIZE, ShapesCodec, WanCodec, attributes, caption_of, check_clip_args,
-                  check_out, check_world, contact_sheet, embed_text, fail, find, oracle, overall, parse_args, read_table,
+                  check_out, check_world, contact_sheet, embed_text, fail, find, launch, oracle, overall, read_table,
                   rng, split_of, start_run, to_float, to_uint8, with_overall, write_json, write_video)
 from model import VideoDiT, load_lora, lora_disabled, read_tensors, save_tensors
 from reward import LatentReward, load_reward, score_clean, score_videos
@@ -430,4 +430,4 @@ def judged(reward, folder, names, latents, prompts, codec):
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, __doc__))
+    launch(main, Args, __doc__)

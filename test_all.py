@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -1017,6 +1018,117 @@ def test_a_hacked_reward_is_named_and_a_good_run_is_not():
     assert re.search(r"but motion fell from 0\.\d+ to 0.000$", sample.hacking(result | {"look": sample.look(still)}))
     assert "the oracle prefers them in 30% only" in sample.hacking(result | {"win_rate": rates(0.3)})
     assert not sample.hacking(result | {"win_rate_reward": rates(0.4), "look": sample.look(grey)})
+
+
+# ---- a run one can trust: resume, faults ----
+
+class Killed(BaseException):
+    """In the place of SIGKILL, which leaves no time to clean up either."""
+
+
+def main_killed(script, args, step, monkeypatch):
+    """Run a training script until its process would die in the middle of the step with this number."""
+    calls, own = [], script.clip_grad_norm_
+
+    def clip(*x):
+        calls.append(1)
+        if len(calls) > step:
+            raise Killed
+        return own(*x)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(script, "clip_grad_norm_", clip)
+        script.main(args)
+
+
+def result_of(run):
+    """What a run leaves: its weights, eval.json, and its log without the clock."""
+    files = sorted(f for f in run.rglob("*.safetensors"))
+    events = [{k: v for k, v in e.items() if k not in ("time", "seconds")} for e in data.read_log(run)]
+    return [f.relative_to(run) for f in files], [model_file.read_tensors(f)[0] for f in files], (run / "eval.json").read_text(), events
+
+
+def assert_same(a, b):
+    (names, tensors, *rest), (names_b, tensors_b, *rest_b) = result_of(a), result_of(b)
+    assert names == names_b and names and rest == rest_b
+    for x, y in zip(tensors, tensors_b):
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.parametrize("name", ["dpo", "pretrain", "reward"])
+def test_a_killed_run_resumes_to_the_same_bits(name, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "toy", TINY)
+    if name == "reward":
+        script, args = train_reward, train_reward.Args(model=str(runs / "base"), depth=1, n_pairs=16, steps=9, batch=4, n_eval=12)
+    else:
+        script, args = train_align, align_args(runs, "", loss=name, n_pairs=16, steps=9, batch=4, accumulate=2, eval_n=2, eval_steps=1)
+        if name == "pretrain":
+            args = replace(args, lora_rank=None, warmup=2)                      # Muon and AdamW, averaged weights, schedule
+    args = replace(args, save_every=2)
+    script.main(replace(args, out=str(tmp_path / "whole")))
+    cut = replace(args, out=str(tmp_path / "cut"))
+    main_killed(script, replace(cut), 7, monkeypatch)
+    assert [f.name[:13] for f in sorted((tmp_path / "cut").glob("state-*"))] == ["state-0000004", "state-0000006"]
+    newest = max((tmp_path / "cut").glob("state-*"))
+    newest.write_bytes(newest.read_bytes()[:-100])                              # as a power cut leaves it
+    (tmp_path / "cut/state.tmp").write_bytes(b"half a state")
+    with open(tmp_path / "cut/log.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    capsys.readouterr()
+    script.main(replace(cut, resume=True))
+    said = capsys.readouterr().out
+    assert f"{newest} is damaged: going back" in said and "going on after step 4" in said
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_starts_anew_without_a_state_and_refuses_other_arguments(runs, tmp_path, capsys, monkeypatch):
+    args = replace(align_args(runs, "", n_pairs=8, steps=3, batch=4, eval_n=2, eval_steps=1), out=str(tmp_path / "run"))
+    main_killed(train_align, replace(args), 1, monkeypatch)
+    train_align.main(replace(args, resume=True))
+    assert "holds no whole state: starting at step 0" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train_align.main(replace(args, resume=True, lr=1.0))
+    assert "made by another command (--lr was 0.003, not 1.0)" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_first(runs, tmp_path, monkeypatch, capsys):
+    args = replace(align_args(runs, "", n_pairs=8, steps=5, batch=4, eval_n=2, eval_steps=1), out=str(tmp_path / "run"))
+    own = train_align.clip_grad_norm_
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_align, "clip_grad_norm_", lambda *x: (signal.raise_signal(signal.SIGINT), own(*x))[1])
+        train_align.main(replace(args))
+    assert "stopped after step 1: the same command with --resume" in capsys.readouterr().err
+    train_align.main(replace(args, resume=True))
+    assert "going on after step 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [train_align, train_reward])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_numbers_gone_wrong_stop_the_run_and_are_named(script, what, runs, tmp_path, monkeypatch, capsys):
+    args = (align_args(runs, "", n_pairs=16, steps=6, batch=4, eval_n=2) if script is train_align else
+            train_reward.Args(model=str(runs / "base"), depth=1, n_pairs=16, steps=6, batch=4, noisy=True))
+    args = replace(args, out=str(tmp_path / "run"))
+    noise, clip, calls = script.draw_noise, script.clip_grad_norm_, []
+
+    def draw(shape, seed, step, samples, **settings):
+        t, eps = noise(shape, seed, step, samples, **settings)
+        eps[samples.index(max(samples))] *= float("nan") if step == 3 and what == "loss" else 1
+        return t, eps
+
+    def norm(*x):
+        calls.append(clip(*x))
+        return calls[-1] * (float("inf") if len(calls) == 4 and what == "gradient" else 1)
+    monkeypatch.setattr(script, "draw_noise", draw)
+    monkeypatch.setattr(script, "clip_grad_norm_", norm)
+    with pytest.raises(SystemExit) as stop:
+        script.main(replace(args))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and "error: step 4: loss or gradient is not finite" in said[-1]
+    facts = json.loads((tmp_path / "run/broken.json").read_text(), parse_constant=pytest.fail)
+    assert facts["step"] == 4 and len(facts["rows"]) == len(facts["t"]) == 4 and all(0 <= t < 1 for t in facts["t"])
+    if script is train_align:
+        assert [i for i, loss in zip(facts["rows"], facts["loss"]) if loss == "NaN"] == [max(facts["rows"])] * (what == "loss")
+    assert facts["grad_norm"] == ("NaN" if what == "loss" else "Infinity")
+    assert [f.name[:13] for f in (tmp_path / "run").glob("state-*")] == ["state-0000003"]
 
 
 # ---- Wan 2.1: a tiny random pipeline of the real classes, saved by diffusers and transformers themselves ----

@@ -23,10 +23,9 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm, trange
 
-from data import (DIMS, ORACLE_STD, RENDERERS, WanCodec, check_clip_args, check_out, command, ctrl_c,
-                  draw_noise, embed_text, encode, fail, find, flawed_videos, load_state, log, overall, parse_args,
-                  prefetch, read_log, read_pairs, render_as, rng, save_state, start_run, step_rows, toy_pairs,
-                  world_hash)
+from data import (DIMS, ORACLE_STD, RENDERERS, WanCodec, check_clip_args, check_out, command, ctrl_c, draw_noise,
+                  embed_text, encode, fail, find, flawed_videos, launch, load_state, log, overall, prefetch, read_log,
+                  read_pairs, render_as, rng, save_state, start_run, step_rows, stop_broken, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora
 from reward import VideoReward, load_reward, score_clean, score_videos
@@ -218,6 +217,9 @@ def check(args):
         find_model(args.model)
         if args.labels == "reward" and not wan:
             find(args.reward, "reward.safetensors")
+    for name in ("steps", "batch", "accumulate", "save_every", "frames"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)}: give a whole number above 0")
     check_out(args.out)
 
 
@@ -265,7 +267,9 @@ def main(args):
         model.compile_blocks()
     average = copy.deepcopy(model) if args.ema else None
     optimizers = make_optimizers(args, model)
-    state = {"model": model, "average": average, **{f"optimizer {i}": o for i, o in enumerate(optimizers)}}
+    stats = []                                                                  # of the steps since the last log
+    state = {"model": model, "average": average, "stats": stats}
+    state |= {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
     first = load_state(run, state) if args.resume else 0
 
     def parts(step):
@@ -278,9 +282,10 @@ def main(args):
     if args.loss == "dpo":
         print(beta_elsewhere(args.beta, pairs.latents([0])[0, 0].numel()))
     batches = prefetch(load, ((step, ids) for step in range(first, args.steps) for ids in parts(step)))
-    events, stats, tic = read_log(run), [], time.time()
+    events, tic = read_log(run), time.time()
     with ctrl_c() as stopped:
         for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=args.loss)):
+            done = step + 1
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * learning_rate_scale(args, step)
@@ -291,12 +296,21 @@ def main(args):
                 weights = flow_rwr(torch.ones(rewards.numel()), rewards.flatten(), args.tau).view(-1, 2).to(device)
                 weights = weights.split(sizes)
 
+            now = []
             for weight in weights:
                 x0, text, t, eps = (y.to(device) for y in next(batches))
                 loss, stat = objective(args, model, reference, x0, text, t, eps, weight)
                 (loss.sum() / sum(sizes)).backward()
-                stats.append(stat)
+                now.append(stat)
             grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            stats.append(torch.cat(now).cpu())
+            t, loss = stats[-1][:, :2].T
+            if not (loss.isfinite().all() and grad_norm.isfinite()):
+                stats.pop()
+                save_state(run, step, state)                                    # no weight has moved yet
+                rows = [pairs.lines[i] if args.pairs else i for i in torch.cat(parts(step)).tolist()]
+                bar.close()
+                stop_broken(run, step=done, grad_norm=grad_norm.item(), rows=rows, t=t.tolist(), loss=loss.tolist())
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -306,12 +320,11 @@ def main(args):
                     for a, p in zip(average.parameters(), model.parameters()):
                         a.lerp_(p, 1 - decay)
 
-            done = step + 1
             if args.pairs and done - first == 5:
                 seconds = (time.time() - tic) / 5
                 bar.write(f"{seconds:.1f} s a step: {(args.steps - done) * seconds / 3600:.1f} hours to go")
             if done % 10 == 0 or done == args.steps:
-                event = summary(torch.cat(stats).cpu())
+                event = summary(torch.cat(stats))
                 shown = [k for k in ("loss", "implicit_acc", "gap_w", "gap_l") if k in event]
                 bar.set_postfix({k: f"{event[k]:.4f}" for k in shown})
                 event = {"step": done, "grad_norm": grad_norm.item(), "seconds": round(time.time() - tic, 1), **event}
@@ -319,10 +332,11 @@ def main(args):
                 for verdict in diagnose(events):
                     bar.write(f"step {done}: {verdict}")
                 log(run, **event)
-                stats = []
+                stats.clear()
             if done < args.steps and (done % args.save_every == 0 or stopped()):
                 save_state(run, done, state)
                 if stopped():
+                    bar.close()
                     fail(f"stopped after step {done}: the same command with --resume goes on from there")
     return finish(args, run, average or model, reference, reward)
 
@@ -387,7 +401,7 @@ def diagnose(events):
 
 def beta_elsewhere(beta, size):
     """A line that says what other repositories call this beta, for videos of size numbers."""
-    return (f"beta {beta:g} is of mean errors, with a 1/2 before it; elsewhere it is called {beta / 2:g} without the 1/2, "
+    return (f"beta {beta:g} is of mean errors, with a 1/2 before it; elsewhere it is {beta / 2:g} without the 1/2, "
             f"{beta / size:.3g} with errors summed over a video's {size:,} numbers, {beta / size / 2:.3g} with neither")
 
 
@@ -419,4 +433,4 @@ def finish(args, run, model, reference, reward):
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, __doc__))
+    launch(main, Args, __doc__)

@@ -12,6 +12,7 @@ labeller is a latent reward too, where the paper trains a vision-language model 
 does; --noisy follows its Table 11 (BT, one noise and t for both of a pair).
 """
 import csv
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +20,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
-from data import (DIMS, check_out, command, draw_noise, fail, log, overall, parse_args, read_pairs, rng, start_run,
-                  step_rows, toy_pairs, with_overall, world_hash, write_json)
+from data import (DIMS, check_out, command, ctrl_c, draw_noise, fail, launch, load_state, log, overall, read_pairs,
+                  rng, save_state, start_run, step_rows, stop_broken, toy_pairs, with_overall, world_hash, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from reward import (LatentReward, VideoReward, accuracies, check_videos, is_qwen, is_video_reward, load_reward,
                     score_videos)
@@ -58,6 +59,8 @@ class Args:
     cache: str = "runs/scores.jsonl"        # --eval: scores so far, so that an interrupted run goes on
     seed: int = 0                           # of pairs, order and noise
     compile: bool = False                   # torch.compile the blocks of a latent reward
+    save_every: int = 500                   # steps between the states that --resume starts from
+    resume: bool = False                    # go on with the run in --out
     out: str | None = None                  # run folder; unset: runs/reward, runs/noisy or runs/eval
 
 
@@ -166,27 +169,39 @@ def main(args):
         reward.dit.compile_blocks()
     optimizer = torch.optim.Adam([p for p in reward.parameters() if p.requires_grad], lr=args.lr)
     target, history = targets(args, pairs), []
+    state = {"reward": reward, "optimizer": optimizer, "history": history}
+    first = load_state(run, state) if args.resume else 0
 
-    for step in (bar := trange(args.steps, desc=f"reward {args.loss}")):
-        optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(args, step, qwen)
-        rows = train_rows[step_rows(len(train_rows), args.batch, args.seed, step)]
-        labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0.0
-        for part in rows.chunk(args.accumulate):
-            r = pair_scores(args, reward, pairs, part, step)
-            share = (~target[part].isnan()).sum() / labelled                    # so that parts add up to the whole mean
-            part_loss = share.to(device) * pair_loss(args, r, target[part].to(device))
-            part_loss.backward()
-            loss += part_loss.item()
-        norm = clip_grad_norm_(reward.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append(loss)
-        if (step + 1) % 20 == 0 or step + 1 == args.steps:
-            recent = sum(history[-20:]) / len(history[-20:])
-            bar.set_postfix(loss=f"{recent:.3f}")
-            log(run, step=step + 1, loss=recent, grad_norm=norm.item())
-        if qwen and ((step + 1) % 500 == 0 or step + 1 == args.steps):          # a day's work is not left in memory
-            reward.save(run, metadata)
+    with ctrl_c() as stopped:
+        for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=f"reward {args.loss}")):
+            optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(args, step, qwen)
+            rows = train_rows[step_rows(len(train_rows), args.batch, args.seed, step)]
+            labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0.0
+            for part in rows.chunk(args.accumulate):
+                r = pair_scores(args, reward, pairs, part, step)
+                share = (~target[part].isnan()).sum() / labelled                # so that parts add up to the whole mean
+                part_loss = share.to(device) * pair_loss(args, r, target[part].to(device))
+                part_loss.backward()
+                loss += part_loss.item()
+            norm = clip_grad_norm_(reward.parameters(), 1.0)
+            if not math.isfinite(loss + norm.item()):
+                save_state(run, step, state)                                    # no weight has moved yet
+                named = [pairs.lines[i] if qwen else i for i in rows.tolist()]
+                times = None if qwen else pair_noise(args, pairs, rows, step)[0].tolist()
+                bar.close()
+                stop_broken(run, step=step + 1, grad_norm=norm.item(), rows=named, t=times, loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append(loss)
+            if (step + 1) % 20 == 0 or step + 1 == args.steps:
+                recent = sum(history[-20:]) / len(history[-20:])
+                bar.set_postfix(loss=f"{recent:.3f}")
+                log(run, step=step + 1, loss=recent, grad_norm=norm.item())
+            if step + 1 < args.steps and ((step + 1) % args.save_every == 0 or stopped()):
+                save_state(run, step + 1, state)
+                if stopped():
+                    bar.close()
+                    fail(f"stopped after step {step + 1}: the same command with --resume goes on from there")
 
     reward.eval()
     val = pairs if qwen else toy_pairs(args.n_eval, "val", args.seed)
@@ -283,4 +298,4 @@ def print_accuracies(rows):
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, __doc__))
+    launch(main, Args, __doc__)
