@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import (DIMS, FRAMES, HERE, SIZE, caption_of, check_world, embed_text, fail, find, flawed_videos, launch,
-                  oracle, overall, read_video, rng, to_float, video_info, write_json)
+                  oracle, overall, read_json, read_video, rng, to_float, video_info, write_json)
 from model import Config, LayerNorm, VideoDiT, add_lora, load_strict, read_tensors, save_tensors
 
 
@@ -93,6 +93,8 @@ class LatentReward(nn.Module):
         try:
             tensors, metadata = read_tensors(file)
             check_world(metadata, file)
+            if not {"config", "depth"} <= metadata.keys():
+                raise ValueError(f"{file} does not say how deep a model it is of")
             reward = cls(Config.from_dict(json.loads(metadata["config"])), int(metadata["depth"]))
             load_strict(reward, {k: v.float() for k, v in tensors.items()}, file)
         except ValueError as e:
@@ -410,17 +412,6 @@ def is_qwen(name):
     """Whether the folder or hub repository of this name is a Qwen2-VL. ValueError where there is none."""
     config = fetch(name, ["config.json"]) / "config.json"
     return config.is_file() and read_json(config).get("model_type") == "qwen2_vl"
-
-
-def read_json(path):
-    """The object in a JSON file. ValueError names a file that holds none."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read as JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
 
 
 def unpickle(path):

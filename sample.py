@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from data import (DIMS, FRAMES, HERE, PROMPTS, SIZE, ShapesCodec, WanCodec, attributes, caption_of, check_clip_args,
-                  check_out, check_world, contact_sheet, embed_text, fail, find, launch, oracle, overall, read_table,
-                  rng, split_of, start_run, to_float, to_uint8, with_overall, write_json, write_video)
+                  check_out, check_world, contact_sheet, embed_text, fail, find, launch, oracle, overall, read_json,
+                  read_table, rng, split_of, start_run, to_float, to_uint8, with_overall, write_json, write_video)
 from model import VideoDiT, load_lora, lora_disabled, read_tensors, save_tensors
 from reward import LatentReward, load_reward, score_clean, score_videos
 
@@ -89,7 +89,7 @@ def nrg(velocity, reward, rg_scale, dim_w=(1.0, 1.0, 1.0), max_ratio=float("inf"
 
 def find_model(path):
     """The local folder at path, as given or beside this file, or path itself where it can only be a hub repository."""
-    for folder in (Path(path), HERE / path):
+    for folder in (Path(str(path)), HERE / str(path)):
         if folder.is_dir():
             return find(folder, "transformer", "lora.safetensors", "config.json")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not Path(path).parent.is_dir() and str(path)[:5] != "runs/":
@@ -103,9 +103,12 @@ def origin(path):
     An aligned run names in its config.json the model that it started from; a toy's weights name their world.
     """
     folder = Path(find_model(path))
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
-    if "args" in config and config["args"].get("loss") != "pretrain":
-        return origin(config["args"]["model"])
+    try:
+        args = read_json(folder / "config.json").get("args") if (folder / "config.json").exists() else None
+    except ValueError as e:
+        fail(e)
+    if isinstance(args, dict) and args.get("loss") != "pretrain":
+        return origin(args.get("model"))
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     return str(folder), file.exists() and "world" in read_tensors(file)[1]
 
@@ -115,8 +118,8 @@ def load_model(path, dtype=torch.float32):
     folder = find_model(path)
     try:
         if (Path(folder) / "lora.safetensors").exists():
-            start = json.loads((folder / "config.json").read_text())["args"]["model"]
-            model = load_lora(load_model(start, dtype), folder / "lora.safetensors")
+            start = read_json(folder / "config.json").get("args") or {}
+            model = load_lora(load_model(start.get("model"), dtype), folder / "lora.safetensors")
             return model.eval().requires_grad_(False)
         file = Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors"
         if file.exists() and "world" in (metadata := read_tensors(file)[1]):
@@ -246,8 +249,11 @@ def table(results):
 def compare(runs, out):
     """Print one table of the runs' win rates; draw their first samples side by side, after the start model's."""
     folders = [find(run, "eval.json") for run in runs]
-    print(table({folder.name: json.loads((folder / "eval.json").read_text()) for folder in folders}))
-    samples = [read_tensors(folder / "samples.safetensors") for folder in folders]
+    try:
+        print(table({folder.name: read_json(folder / "eval.json") for folder in folders}))
+        samples = [read_tensors(folder / "samples.safetensors") for folder in folders]
+    except (ValueError, KeyError) as e:
+        fail(f"--compare takes runs of train_align.py, or of sample.py --eval, on the toy: {e}")
     prompts = json.loads(samples[0][1]["prompts"])
     columns = [("start", samples[0][0]["start"])]
     columns += [(folder.name, tensors["videos"]) for folder, (tensors, _) in zip(folders, samples)]
@@ -299,7 +305,8 @@ def file_names(args, rows):
     """
     if not args.prompts:
         return [f"{i:03}" for i in range(len(rows) * args.n_per_prompt)]
-    shorts = [(row.get("prompt_shorter") or row["prompt"]).strip().replace("/", " ")[:180] for row in rows]
+    shorts = [re.sub(r"[/\x00-\x1f]", " ", (row.get("prompt_shorter") or row["prompt"]).strip()) for row in rows]
+    shorts = [short.encode()[:180].decode(errors="ignore") for short in shorts]  # a file name has 255 bytes at most
     return [f"{short}-{i}" for short in shorts for i in range(args.n_per_prompt)]
 
 
@@ -311,9 +318,22 @@ def read_prompts(args):
     if not table or "prompt" not in table[0][1]:
         fail(f"{args.prompts} needs a column `prompt` and at least one row")
     for line, row in table:
-        if not row["prompt"].strip():
+        if not (row.get("prompt") or "").strip():
             fail(f"{args.prompts}, row {line} has no prompt")
-    return [row for _, row in table]
+    rows = [row for _, row in table]
+    names, last = file_names(args, rows), {}
+    for k, name in enumerate(names):
+        if last.setdefault(name, k) != k:
+            fail(f"{args.prompts}: two prompts would both be {name}.mp4; leave one out, --n_per_prompt draws more of one")
+    return rows
+
+
+def trained_on(ckpt):
+    """The prompts of the pairs that the run ckpt was aligned with; none where it or its pairs file can't tell."""
+    file = Path(ckpt) / "config.json"
+    args = read_json(file).get("args") if ckpt and file.exists() else None
+    pairs = args.get("pairs") if isinstance(args, dict) else None
+    return {row.get("prompt", "").strip() for _, row in read_table(pairs)} if pairs and Path(pairs).exists() else set()
 
 
 def check(args):
@@ -339,6 +359,8 @@ def check(args):
             fail("--eval draws prompts of Shapes world: for a Wan give --prompts FILE --against base --reward RUN")
         if args.reward and not args.against:
             fail("--reward judges a comparison: add --against base, or another model")
+        if shared := args.against and trained_on(args.ckpt) & {row["prompt"].strip() for row in rows}:
+            print(f"{len(shared)} of the prompts are in the pairs that {args.ckpt} was aligned with: win rates flatter it")
     if args.lora and not Path(args.lora).is_file():
         fail(f"--lora {args.lora} does not exist")
     check_out(args.out)
@@ -363,8 +385,8 @@ def main(args):
     codec = ShapesCodec() if toy else WanCodec(origin(path)[0], device)
     run, ratios = start_run(args, device), []
     prompts = [row["prompt"] for row in rows for _ in range(args.n_per_prompt)] or eval_prompts(args.eval, args.split)
-    settings = dict(codec=codec, prompts=prompts, seed=args.seed, ts=timesteps(args.steps, args.shift), batch=args.batch,
-                    size=(args.frames, *args.size), cfg_scale=args.cfg, negative=args.negative)
+    settings = dict(codec=codec, prompts=prompts, seed=args.seed, ts=timesteps(args.steps, args.shift),
+                    batch=args.batch, size=(args.frames, *args.size), cfg_scale=args.cfg, negative=args.negative)
     drawn = generate(model, **settings, reward=guide, rg_scale=args.rg_scale, dim_w=args.dim_w,
                      max_ratio=args.max_ratio, ratios=ratios)
     if args.against == "base":

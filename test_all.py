@@ -408,7 +408,13 @@ def test_read_pairs_understands_the_authors_csv_genai_bench_and_chosen_rejected(
     label = data.read_pairs(tmp_path / "genai.csv").label
     assert label[:, 3].tolist() == [1, -1, 0, 0] and label[:, :3].isnan().all()
 
+    (tmp_path / "vision.csv").write_text("prompt,video1_path,video2_path,standard_answer\n" + "".join(
+        f"p,v/a.mp4,v/b.mp4,{word}\n" for word in ("video1", "video2", "tie", "")))
+    assert data.read_pairs(tmp_path / "vision.csv").label[:, 3].nan_to_num(9).tolist() == [1, -1, 0, 9]
+
     row = {"prompt": "p", "chosen": "v/b.mp4", "rejected": "v/a.mp4"}
+    (tmp_path / "dpo.json").write_text(json.dumps([row, row]))
+    assert data.read_pairs(tmp_path / "dpo.json").lines == [1, 2]
     (tmp_path / "dpo.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n")
     pairs = data.read_pairs(tmp_path / "dpo.jsonl")
     assert pairs.label[:, 3].tolist() == [1, 1] and pairs.lines == [1, 3]
@@ -420,6 +426,10 @@ def test_read_pairs_understands_the_authors_csv_genai_bench_and_chosen_rejected(
     ("path_A,path_B,prompt\na.mp4,a.mp4,p\n", "understood are"),
     ("path_A,path_B,prompt,VQ\na.mp4,gone.mp4,p,A\na.mp4,a.mp4,,A\n", "row 2: .*gone.mp4 does not exist \\(and 1 more"),
     ("path_A,path_B,prompt,VQ\na.mp4,a.mp4,\xff,A\n", "is not UTF-8"),
+    ("path_A,path_B,prompt,VQ\na.mp4,a.mp4,p,1\na.mp4,a.mp4,p,0\n", "has the labels 0, 1: write A, B or same"),
+    (f"path_A,path_B,prompt,VQ\n{'x' * 5000}.mp4,a.mp4,p,A\n", "xxx.mp4 does not exist"),
+    ("path_A,path_B,prompt,VQ\n\"a\nb.mp4\",a.mp4,p,A\n", "b.mp4 does not exist"),
+    (f"path_A,path_B,prompt,VQ\na.mp4,a.mp4,{'long ' * 30000},A\n", "field larger than field limit"),
     ('path_A,path_B,prompt,VQ\na.mp4,a.mp4,"open,A\n', "cannot be read as CSV"),
 ])
 def test_a_bad_pairs_file_ends_in_one_line(text, says, tmp_path, capsys):
@@ -1020,6 +1030,25 @@ def test_a_hacked_reward_is_named_and_a_good_run_is_not():
     assert not sample.hacking(result | {"win_rate_reward": rates(0.4), "look": sample.look(grey)})
 
 
+def test_the_pair_report_counts_ties_agreement_repeats_and_contradictions(tmp_path, capsys):
+    rows = ["a,b,x,A,A", "b,a,x,B,B", "c,d,x,A,B", "d,c,x,A,same", "c,d,x,A,same", "a,b,y,same,", "a,d,z,,B"]
+    for name in "abcd":
+        (tmp_path / f"{name}.mp4").touch()
+    lines = [",".join([f"{a}.mp4", f"{b}.mp4", *rest]) for a, b, *rest in (row.split(",") for row in rows)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["path_A,path_B,prompt,VQ,TA", *lines]))
+    data.report_pairs(data.read_pairs(tmp_path / "pairs.csv"), ["y", "z", "w"])
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "7 pairs of 4 videos and 3 prompts, 2 of which are evaluated on too",
+        "2 pairs occur more than once: 2 in both orders, 1 with opposite labels",
+        "VQ: 86% labelled; A 67%, B 17%, ties 17%; where both decide, it agrees with TA 67%",
+        "TA: 86% labelled; A 17%, B 50%, ties 33%; where both decide, it agrees with VQ 67%"]
+    pairs = data.toy_pairs(40, "train", 0)
+    data.report_pairs(pairs.subset([*range(40), 3]), sample.eval_prompts(18))
+    said = capsys.readouterr().out.splitlines()
+    assert re.match("41 pairs of 80 videos and .* prompts, 0 of which", said[0]) and "1 pairs occur more than once: 0 in both" in said[1]
+
+
 # ---- a run one can trust: resume, faults ----
 
 class Killed(BaseException):
@@ -1129,6 +1158,61 @@ def test_numbers_gone_wrong_stop_the_run_and_are_named(script, what, runs, tmp_p
         assert [i for i, loss in zip(facts["rows"], facts["loss"]) if loss == "NaN"] == [max(facts["rows"])] * (what == "loss")
     assert facts["grad_norm"] == ("NaN" if what == "loss" else "Infinity")
     assert [f.name[:13] for f in (tmp_path / "run").glob("state-*")] == ["state-0000003"]
+
+
+# ---- a run one can trust: bad input ----
+
+@pytest.fixture(scope="module")
+def good(runs, tmp_path_factory):
+    """A folder of good files of every kind that is read, and how each is read."""
+    root = tmp_path_factory.mktemp("good")
+    train_align.main(replace(align_args(runs, "", n_pairs=4, steps=1, batch=2, eval_n=2, eval_steps=1), out=str(root / "dpo")))
+    for name in ("base", "reward"):
+        shutil.copytree(runs / name, root / name)
+    write_clips(root, ["a.mp4", "b.mp4"], frames=6)
+    (root / "pairs.csv").write_text('path_A,path_B,prompt,VQ,MQ,MOS_A_VQ\na.mp4,b.mp4,"a cat, asleep",A,same,4\nb.mp4,a.mp4,a dog,B,,2\n')
+    rows = [{"prompt": "a cat", "path_A": "a.mp4", "path_B": "b.mp4", "TA": "A"}, {"prompt": "é", "path_A": "b.mp4", "path_B": "a.mp4", "TA": None}]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "prompts.csv").write_text("prompt,prompt_shorter\na cat,\na dog that sleeps,dog\n")
+    weights = "diffusion_pytorch_model.safetensors"
+    model = lambda folder: sample.load_model(folder)(*random_batch())
+    video = lambda path: (data.clip_frames(path, 2), data.read_clip(path, 2, (16, 16)), reward.check_videos([path]), reward.toy_latents(path))
+    return root, {
+        "pairs.csv": data.read_pairs, "pairs.jsonl": data.read_pairs, "a.mp4": video,
+        "prompts.csv": lambda path: sample.read_prompts(sample.Args(prompts=str(path))),
+        f"base/transformer/{weights}": lambda path: model(path.parents[1]), "base/transformer/config.json": lambda path: model(path.parents[1]),
+        "dpo/config.json": lambda path: (sample.origin(path.parent), model(path.parent)), "dpo/lora.safetensors": lambda path: model(path.parent),
+        "reward/reward.safetensors": lambda path: reward.load_reward(path.parent)}
+
+
+def mutant(content, g):
+    """The bytes with some flipped, cut out or put in, more often near the start, where headers are."""
+    pick = lambda n: int(torch.randint(max(n, 1), (1,), generator=g))
+    at = pick(min(len(content), (len(content), 2000, 200)[pick(3)]))
+    noise = bytes(pick(256) for _ in range(1 + pick(4)))
+    return (content[:at] + noise + content[at + len(noise):], content[:at] + noise + content[at:], content[:at], content[:at] + content[at + 1 + pick(8):],
+            content[:at] + bytes([content[at] ^ 1 << pick(8)]) + content[at + 1:])[pick(5)]
+
+
+def test_damaged_files_are_read_or_refused_in_one_line(good, capsys, n=12, seed=0):
+    root, readers = good
+    outcomes = {"read": 0, "refused": 0}
+    for name, read in readers.items():
+        content = (root / name).read_bytes()
+        for i in range(n):
+            (root / name).write_bytes(mutant(content, rng(name, seed, i)))
+            capsys.readouterr()
+            try:
+                read(root / name)
+                outcomes["read"] += 1
+            except (SystemExit, ValueError) as e:
+                said = capsys.readouterr().err if isinstance(e, SystemExit) else f"{e}\n"
+                assert isinstance(e, ValueError) or (e.code == 2 and said.startswith("error: ")), (name, seed, i)
+                assert said.count("\n") == 1 and len(said) > 30, (name, seed, i, said)
+                outcomes["refused"] += 1
+            finally:
+                (root / name).write_bytes(content)
+    assert min(outcomes.values()) > n, outcomes
 
 
 # ---- Wan 2.1: a tiny random pipeline of the real classes, saved by diffusers and transformers themselves ----

@@ -17,6 +17,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,7 +26,8 @@ from tqdm import tqdm, trange
 
 from data import (DIMS, ORACLE_STD, RENDERERS, WanCodec, check_clip_args, check_out, command, ctrl_c, draw_noise,
                   embed_text, encode, fail, find, flawed_videos, launch, load_state, log, overall, prefetch, read_log,
-                  read_pairs, render_as, rng, save_state, start_run, step_rows, stop_broken, toy_pairs, world_hash)
+                  read_pairs, render_as, report_pairs, rng, save_state, start_run, step_rows, stop_broken, toy_pairs,
+                  world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora
 from reward import VideoReward, load_reward, score_clean, score_videos
@@ -152,8 +154,9 @@ def label_pairs(args, pairs, reward):
         margin = r[:, 0] - r[:, 1]
     b_wins = (margin < 0).long()
     order = torch.stack([b_wins, 1 - b_wins], dim=1)
-    a, b = (margin > 0).float().mean(), b_wins.float().mean()
-    print(f"{len(rows)} of {len(margin)} pairs labelled by {args.labels}; A wins {a:.0%}, B {b:.0%}")
+    low, median, high = margin[rows].abs().quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    print(f"{len(rows)} of {len(margin)} pairs labelled by {args.labels}; A wins {(margin > 0).float().mean():.0%}, "
+          f"B {b_wins.float().mean():.0%}; margin {median:.2f}, of the middle 80 % {low:.2f} to {high:.2f}")
     return rows, order, None if r is None else r.gather(1, order)
 
 
@@ -215,6 +218,8 @@ def check(args):
             fail("--labels oracle knows Shapes world alone: with --pairs use human, the file's labels, or reward")
     if not pretrain:
         find_model(args.model)
+        if Path(args.out).resolve() == Path(args.model).resolve():
+            fail(f"--out {args.out} is the model itself: name another folder")
         if args.labels == "reward" and not wan:
             find(args.reward, "reward.safetensors")
     for name in ("steps", "batch", "accumulate", "save_every", "frames"):
@@ -246,9 +251,11 @@ def main(args):
     pairs = read_pairs(args.pairs) if args.pairs else None                      # a bad file stops here
     run = start_run(args, device)
     if args.pairs:
+        report_pairs(pairs)
         pairs = encode(pairs, WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
     elif not pretrain:
         pairs = toy_pairs(args.n_pairs, "train", args.seed)
+        report_pairs(pairs, eval_prompts(args.eval_n, args.split))
     if pretrain:
         load, per_step = partial(mixture_batch, args), 2 * args.batch
         usable = torch.arange(per_step)

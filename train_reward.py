@@ -20,8 +20,9 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
-from data import (DIMS, check_out, command, ctrl_c, draw_noise, fail, launch, load_state, log, overall, read_pairs,
-                  rng, save_state, start_run, step_rows, stop_broken, toy_pairs, with_overall, world_hash, write_json)
+from data import (DIMS, PROMPTS, check_out, command, ctrl_c, draw_noise, fail, launch, load_state, log, overall,
+                  read_pairs, report_pairs, rng, save_state, split_of, start_run, step_rows, stop_broken, toy_pairs,
+                  with_overall, world_hash, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from reward import (LatentReward, VideoReward, accuracies, check_videos, is_qwen, is_video_reward, load_reward,
                     score_videos)
@@ -164,6 +165,8 @@ def main(args):
         reward = LatentReward.from_base(model, args.depth).to(device)
         pairs, train_rows = toy_pairs(args.n_pairs, "train", args.seed), torch.arange(args.n_pairs)
     run = start_run(args, device)
+    held_out = [pairs.prompts[i] for i in val_rows] if qwen else [p for p in PROMPTS if split_of(p) == "eval"]
+    report_pairs(pairs.subset(train_rows), held_out)
     metadata = {"command": command(args), "seed": str(args.seed), "world": world_hash()}
     if args.compile and not qwen:
         reward.dit.compile_blocks()
