@@ -234,8 +234,10 @@ def save_state(run, step, parts):
             state[name] = {k: p.data for k, p in part.named_parameters() if p.requires_grad}
         elif part is not None:
             state[name] = part if isinstance(part, list) else part.state_dict()
-    with open(run / "state.tmp", "wb") as file:
-        torch.save(state, file)
+    try:
+        torch.save(state, run / "state.tmp")
+    except RuntimeError as e:                                                   # torch's answer to a full disk
+        raise OSError(f"{run / 'state.tmp'} cannot be written: {e}") from None
     os.replace(run / "state.tmp", run / f"state-{step:07}-{content_hash(run / 'state.tmp')}.pt")
     for old in sorted(run.glob("state-*-*.pt"))[:-2]:
         old.unlink()

@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -958,8 +959,31 @@ BAD = [
     (sample, "--prompt 'a dog'", "not a prompt of Shapes world"),
     (sample, "--ckpt runs/nowhere --eval 4", "does not exist"),
     (sample, "--compare {empty}", "holds no eval.json"),
+    (sample, "--compare {reward}", "takes runs of train_align.py"),
+    (sample, "--prompts gone.csv", "gone.csv"),
+    (sample, "--prompts {twice}", "two prompts would both be"),
+    (sample, "--prompts {blank}", "row 3 has no prompt"),
+    (train_align, "--steps 0", "above 0"),
+    (train_align, "--model {other} --out {other}", "is the model itself"),
+    (train_align, "--model {pickle}", "cannot be read as safetensors"),
+    (train_align, "--model {layers}", "num_layers = 0 in config.json makes no model"),
+    (train_align, "--resume --out {broken}", "config.json cannot be read as JSON"),
+    (train_align, "--pairs gone.csv", "gone.csv"),
+    (train_align, "--pairs {file}", "holds no pairs"),
+    (train_align, "--pairs {blank}", "understood are"),
+    (train_align, "--pairs pairs.parquet", "python -c"),
     (reward, "--video {file} --prompt 'a red circle moving left'", "cannot be read as a video"),
 ]
+
+
+class Executed:
+    """Unpickled, it makes the file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("script, argv, says", BAD, ids=[f"{s.__name__} {a}" for s, a, _ in BAD])
@@ -967,7 +991,11 @@ def test_bad_input_ends_in_one_line_and_status_2(script, argv, says, tmp_path, r
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").mkdir()
-    for name in ("other", "cut", "world"):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text('{"args": ')
+    (tmp_path / "twice").write_text(f"prompt\n{PROMPTS[0]}\n{PROMPTS[0]}\n")
+    (tmp_path / "blank").write_text(f"prompt,x\n{PROMPTS[0]},1\n ,2\n")
+    for name in ("other", "cut", "world", "pickle", "layers"):
         shutil.copytree(runs / "base", tmp_path / name)
         file = tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors"
         tensors, metadata = model_file.read_tensors(file)
@@ -978,9 +1006,14 @@ def test_bad_input_ends_in_one_line_and_status_2(script, argv, says, tmp_path, r
         model_file.save_tensors({k: v.clone() for k, v in tensors.items()}, file, metadata)
         if name == "cut":
             file.write_bytes(file.read_bytes()[:1000])
+        if name == "pickle":
+            torch.save({"x": Executed(tmp_path / "executed")}, file)
+        if name == "layers":
+            config = file.with_name("config.json")
+            config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 0'))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        folders = {name: tmp_path / name for name in ("file", "empty", "other", "cut", "world")}
+        folders = {path.name: path for path in tmp_path.iterdir()} | {"reward": runs / "reward"}
         script.main(data.parse_args(script.Args, script.__doc__, shlex.split(argv.format(**folders))))
     said = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and says in said[-1] and said[-1].startswith("error:") and len(said) == 1, said
@@ -1192,6 +1225,55 @@ def mutant(content, g):
     noise = bytes(pick(256) for _ in range(1 + pick(4)))
     return (content[:at] + noise + content[at + len(noise):], content[:at] + noise + content[at:], content[:at], content[:at] + content[at + 1 + pick(8):],
             content[:at] + bytes([content[at] ^ 1 << pick(8)]) + content[at + 1:])[pick(5)]
+
+
+def test_videos_that_cannot_be_used_are_named(tmp_path):
+    import av
+    write_clips(tmp_path, ["whole.mp4", "cut.mp4"], frames=12, fps=24)
+    write_clips(tmp_path, ["enormous.mp4"], frames=1, size=(16, 8208))
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:900])
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "nothing.mp4").touch()
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), "fltp", "mono")
+        sound.sample_rate = 16000
+        container.mux([*stream.encode(sound), *stream.encode()])
+    with av.open(str(tmp_path / "frameless.mp4"), "w") as container:
+        container.add_stream("libx264", rate=8, width=32, height=32, pix_fmt="yuv420p")
+        container.start_encoding()
+    for name, says in (("cut", "cannot be read as a video"), ("text", "cannot be read as a video"), ("nothing", "cannot be read as a video"),
+                       ("gone", "cannot be read as a video"), ("sound", "has no video in it"), ("frameless", "frames|has no video|cannot be read"),
+                       ("enormous", "8208 x 16: more than 8192")):
+        with pytest.raises(ValueError, match=f"{name}.mp4.*({says})"):
+            data.read_clip(tmp_path / f"{name}.mp4", 1, (16, 16))
+    shutil.copy(tmp_path / "whole.mp4", tmp_path / "whole.txt")                 # what a file is called doesn't matter
+    write_clips(tmp_path, ["slow.mp4"], frames=4, fps=8)
+    clips = [data.read_clip(tmp_path / name, 5, (16, 16)) for name in ("whole.mp4", "whole.txt", "slow.mp4")]     # half a second each
+    assert torch.equal(clips[0], clips[1]) and clips[2].shape == clips[0].shape == (3, 5, 16, 16)
+
+
+@pytest.mark.parametrize("what", ["state", "weights", "reward", "videos", "cache"])
+def test_a_full_disk_ends_in_one_line(what, runs, tmp_path, capsys):
+    """Files may grow to 4000 bytes only, which stops writes as a full disk does."""
+    out = str(tmp_path / "run")
+    if what in ("state", "weights"):
+        script, args = train_align, replace(align_args(runs, "", n_pairs=4, steps=3, batch=2, eval_n=2, eval_steps=1), out=out, save_every=1 if what == "state" else 9)
+    elif what == "reward":
+        script, args = train_reward, train_reward.Args(model=str(runs / "base"), depth=1, n_pairs=4, steps=1, batch=2, n_eval=4, out=out)
+    else:
+        script, args = sample, sample.Args(ckpt=str(runs / "base"), steps=1, prompt=PROMPTS[:1], out=out)
+    main = (lambda args: data.save_cached(torch.zeros(100, 100), tmp_path / "x")) if what == "cache" else script.main
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            data.launch(main, script.Args, script.__doc__, shlex.split(data.command(args))[2:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(said) == 1 and re.search("written|too large", said[0]), said
+    assert not [f for f in tmp_path.rglob("*") if f.suffix in (".safetensors", ".pt")]
 
 
 def test_damaged_files_are_read_or_refused_in_one_line(good, capsys, n=12, seed=0):

@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm, trange
 
 from data import (DIMS, ORACLE_STD, RENDERERS, WanCodec, check_clip_args, check_out, command, ctrl_c, draw_noise,
-                  embed_text, encode, fail, find, flawed_videos, launch, load_state, log, overall, prefetch, read_log,
+                  embed_text, encode, fail, flawed_videos, launch, load_state, log, overall, prefetch, read_log,
                   read_pairs, render_as, report_pairs, rng, save_state, start_run, step_rows, stop_broken, toy_pairs,
                   world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
@@ -220,8 +220,10 @@ def check(args):
         find_model(args.model)
         if Path(args.out).resolve() == Path(args.model).resolve():
             fail(f"--out {args.out} is the model itself: name another folder")
-        if args.labels == "reward" and not wan:
-            find(args.reward, "reward.safetensors")
+        if not wan:                                                             # small: refuse what does not fit now
+            load_model(args.model)
+            if args.labels == "reward":
+                load_reward(args.reward)
     for name in ("steps", "batch", "accumulate", "save_every", "frames"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: give a whole number above 0")
