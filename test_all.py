@@ -703,11 +703,11 @@ def test_interrupted_scoring_goes_on_and_nothing_is_scored_twice(qwen, tmp_path,
 
     def score(paths, prompts, normalise):
         if len(scored) == 2:
-            raise KeyboardInterrupt
+            raise RuntimeError("interrupted")
         scored.append((Path(paths[0]).stem, prompts[0]))
         return reward.VideoReward.score(own, paths, prompts, normalise)
     monkeypatch.setattr(own, "score", score)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError):
         reward.score_videos(own, videos, prompts, cache)
     cache.write_text(cache.read_text() + '{"key": "cut sho')                    # as a power cut would leave it
     scored.pop(), scored.pop()
@@ -799,6 +799,7 @@ BAD_QWEN = [
     (reward, "--video {clip} --prompt p --ckpt {evil} --template {template}", "model.pth cannot be read"),
     (train_reward, "--model {base}", "with --pairs"),
     (train_reward, "--pairs {prefs}", "--model"),
+    (train_reward, "--model {base} --pairs {prefs} --noisy", "on latents"),
     (train_reward, "--model {base} --pairs {plain} --loss regression", "MOS_A_VQ"),
     (train_reward, "--model {base} --pairs {broken}", "text.mp4 cannot be read as a video"),
     (train_reward, "--eval {released} --template {template}", "with --pairs"),

@@ -127,6 +127,8 @@ def check(args):
         if qwen != bool(args.pairs):
             fail("a Qwen2-VL reward learns and is measured on video files: name their CSV or JSONL with --pairs" if qwen
                  else "--pairs is for a Qwen2-VL reward: train one with --model or measure one with --eval")
+        if qwen and args.noisy:
+            fail("--noisy trains a reward on latents and a Qwen2-VL reads pixels: leave one of them out")
         pairs = read_pairs(args.pairs) if qwen else None
         if qwen:
             check_videos(path for pair in pairs.paths for path in pair)
