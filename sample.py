@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from data import (DIMS, FRAMES, HERE, PROMPTS, SIZE, ShapesCodec, WanCodec, attributes, caption_of, check_clip_args,
-                  check_out, check_world, contact_sheet, embed_text, fail, find, oracle, overall, parse_args, read_table,
-                  rng, split_of, start_run, to_float, to_uint8, with_overall, write_json, write_video)
+                  check_out, check_world, contact_sheet, embed_text, fail, find, oracle, overall, parse_args,
+                  read_table, rng, split_of, start_run, to_float, to_uint8, with_overall, write_json, write_video)
 from model import VideoDiT, load_lora, lora_disabled, read_tensors, save_tensors
 from reward import LatentReward, load_reward, score_clean, score_videos
 
@@ -153,7 +153,8 @@ def generate(model, codec, prompts, seed, ts, size=(FRAMES, SIZE, SIZE), cfg_sca
 
 def toy_videos(model, prompts, seed, steps=16, shift=3.0, **settings):
     """Videos (n, 3, T, H, W) in [-1, 1] of prompts of Shapes world."""
-    return torch.stack([x for _, x in generate(model, ShapesCodec(), prompts, seed, timesteps(steps, shift), **settings)])
+    drawn = generate(model, ShapesCodec(), prompts, seed, timesteps(steps, shift), **settings)
+    return torch.stack([video for _, video in drawn])
 
 
 # ---- win rates ----
@@ -339,8 +340,8 @@ def main(args):
     codec = ShapesCodec() if toy else WanCodec(origin(path)[0], device)
     run, ratios = start_run(args, device), []
     prompts = [row["prompt"] for row in rows for _ in range(args.n_per_prompt)] or eval_prompts(args.eval, args.split)
-    settings = dict(codec=codec, prompts=prompts, seed=args.seed, ts=timesteps(args.steps, args.shift), batch=args.batch,
-                    size=(args.frames, *args.size), cfg_scale=args.cfg, negative=args.negative)
+    settings = dict(codec=codec, prompts=prompts, seed=args.seed, ts=timesteps(args.steps, args.shift),
+                    size=(args.frames, *args.size), cfg_scale=args.cfg, negative=args.negative, batch=args.batch)
     drawn = generate(model, **settings, reward=guide, rg_scale=args.rg_scale, dim_w=args.dim_w,
                      max_ratio=args.max_ratio, ratios=ratios)
     if args.against == "base":

@@ -460,7 +460,7 @@ def test_a_latent_reward_starts_from_the_base_and_survives_its_file(tmp_path):
         r.mean.fill_(0.5)
         r.std.fill_(2.0)
         assert torch.allclose(r.score(x, t, text), (r(x, t, text) - 0.5) / 2)
-        r.save(tmp_path / "reward.safetensors", {"world": data.world_hash()}, dtype=torch.float32)
+        r.half().float().save(tmp_path, {"world": data.world_hash()})             # the file is 16 bit
         assert torch.equal(reward.LatentReward.from_pretrained(tmp_path).score(x, t, text), r.score(x, t, text))
 
 
@@ -762,7 +762,7 @@ def test_a_step_in_parts_is_a_step_in_one(qwen, tmp_path):
 
 def test_the_benchmark_counts_what_is_labelled_and_writes_every_pair(qwen, tmp_path, capsys):
     args = train_reward.Args(eval=str(qwen[0] / "released"), template=str(qwen[0] / "prompt_template.py"), pairs=prefs(qwen, "prefs.csv"),
-                             cache=str(tmp_path / "scores.jsonl"), out=str(tmp_path / "eval"))
+                             cache=str(tmp_path), out=str(tmp_path / "eval"))
     result = train_reward.main(args)
     own = released(qwen)
     better = own.score(clips(qwen, "a", "b"), ["", ""])[:, 0]
@@ -1109,6 +1109,21 @@ def test_wan_is_sampled_side_by_side_under_the_names_that_vbench_expects(wan, tm
         assert {p.name for p in folder.glob("*.mp4")} == names and (folder / "samples.png").exists()
     frames, fps = data.read_video(tmp_path / "out/a dog sleeps-1.mp4")
     assert frames.shape == (5, 32, 48, 3) and fps == 16
+
+
+def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path):
+    train_reward.main(train_reward.Args(noisy=True, model=str(wan), pairs=str(wan / "pairs.csv"), frames=5, size=(32, 48),
+                                        cache=str(wan / "cache"), depth=1, steps=4, batch=2, accumulate=2, lr=1e-3,
+                                        out=str(tmp_path / "noisy")))
+    args = dict(model=str(wan), prompt=["a cat runs"], n_per_prompt=2, frames=5, size=(32, 48), steps=3)
+    sample.main(sample.Args(**args, out=str(tmp_path / "plain")))
+    train_align.main(wan_args(wan, "guided", loss="rwr", labels="reward", reward=str(tmp_path / "noisy"), steps=2))
+    result = sample.main(sample.Args(**{**args, "model": "", "ckpt": str(wan / "guided")}, nrg=str(tmp_path / "noisy"),
+                                     against="base", reward=str(tmp_path / "noisy"), out=str(tmp_path / "out")))
+    assert set(result["win_rate"]) == {*DIMS, "Overall"} and json.loads((tmp_path / "out/eval.json").read_text()) == result
+    plain, guided = (data.read_video(tmp_path / x / "001.mp4")[0] for x in ("plain", "out"))
+    assert not np.array_equal(plain, guided)
+    assert np.array_equal(plain, data.read_video(tmp_path / "out/start/001.mp4")[0])      # the same noise, unguided
 
 
 def test_lora_files_of_diffusers_names_load_too(wan, tmp_path):
