@@ -908,7 +908,7 @@ def test_human_labels_decide_by_sign_and_drop_ties():
 
 def test_sample_writes_videos_guides_evaluates_and_compares(runs):
     common = dict(ckpt=str(runs / "base"), steps=3)
-    sample.main(sample.Args(**common, prompt=["a red circle moving left"], n=2, cfg=2.0, nrg=str(runs / "noisy"), out=str(runs / "videos")))
+    sample.main(sample.Args(**common, prompt=["a red circle moving left"], n_per_prompt=2, cfg=2.0, nrg=str(runs / "noisy"), out=str(runs / "videos")))
     frames, _ = data.read_video(runs / "videos" / "001.mp4")
     assert frames.shape == (8, 192, 192, 3)
     result = sample.main(sample.Args(**common, nrg=str(runs / "noisy"), eval=18, dim_w=(0.0, 0.0, 1.0), out=str(runs / "nrg")))
@@ -917,6 +917,7 @@ def test_sample_writes_videos_guides_evaluates_and_compares(runs):
     with contextlib.redirect_stdout(printed):
         sample.main(sample.Args(compare=[str(runs / "nrg"), str(runs / "nrg")]))
     assert printed.getvalue().count("| nrg | oracle |") == 1 and (runs / "compare.png").exists()
+    assert printed.getvalue().count(" ± 0.0 %") == 4 and "| 2 x 18 |" in printed.getvalue()    # one run twice: one row
     scores = reward.main(reward.Args(ckpt=str(runs / "reward"), video=[str(runs / "videos" / "000.mp4")], prompt="a red circle moving left"))
     assert scores.shape == (1, 3)
 
