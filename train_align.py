@@ -35,6 +35,7 @@ from sample import eval_prompts, evaluate, find_model, load_model, report, toy_v
 RECIPES = {
     #                toy                                    Wan
     "lr":           ({"dpo": 5e-4, "sft": 1e-3, "rwr": 1e-3}, 5e-6),
+    "beta":         (2000.0,                                500.0),
     "lora_rank":    (16,                                    64),
     "lora_alpha":   (32.0,                                  128.0),
     "steps":        (100,                                   None),              # None: one epoch
@@ -59,7 +60,7 @@ class Args:
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     dim_w: tuple = (1.0, 1.0, 1.0)          # weights of VQ, MQ, TA in the overall reward; 0,0,1 aligns TA alone
     n_pairs: int = 2400                     # pairs of Shapes world
-    beta: float = 500.0                     # dpo: KL strength, in units of the per-element MEAN error
+    beta: float | None = None               # dpo: KL strength, in units of the per-element MEAN error
     beta_schedule: Literal["constant", "(1-t)^2", "t^2", "(1-t)/t"] = "constant"  # dpo: beta over time
     tau: float = 1.0                        # rwr: temperature of the weights exp(r / tau)
     lora_rank: int | None = None            # 0 trains all weights against a frozen copy
