@@ -203,10 +203,10 @@ def save_state(run, step, parts):
     """
     state = {"step": step}
     for name, part in parts.items():
-        trained = {k for k, p in part.named_parameters() if p.requires_grad} if hasattr(part, "named_parameters") else None
-        if part is not None:
-            full = part.state_dict()
-            state[name] = full if trained is None else {k: v for k, v in full.items() if k in trained}
+        if hasattr(part, "named_parameters"):
+            state[name] = {k: p.detach() for k, p in part.named_parameters() if p.requires_grad}
+        elif part is not None:
+            state[name] = part.state_dict()
     buffer = io.BytesIO()
     torch.save(state, buffer)
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]

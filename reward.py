@@ -2,7 +2,7 @@
 judge them.
 
     python reward.py                                                      the toy reward beside the oracle
-    python reward.py --video a.mp4 --prompt "a red circle moving left"    the scores of a video (--video may be left out)
+    python reward.py --video a.mp4 --prompt "a red circle moving left"    the scores of a video; --video may be left out
     python reward.py --video a.mp4 --prompt "a dog runs" --ckpt KwaiVGI/VideoReward --template prompt_template.py
 
 VideoReward is the paper's reward model (Sec. 3): Qwen2-VL reads the video, a rubric and the prompt, and a linear
@@ -81,9 +81,9 @@ class LatentReward(nn.Module):
         reward.dit.load_state_dict({k: weights[k] for k in own})
         return reward
 
-    def save(self, path, metadata, dtype=torch.float16):
-        """Write the weights, 16 bit by default; the file's metadata says how to build the model again."""
-        save_tensors({k: v.to(dtype) for k, v in self.state_dict().items()}, path,
+    def save(self, folder, metadata):
+        """Write the weights in 16 bit; the file's metadata says how to build the model again."""
+        save_tensors({k: v.half() for k, v in self.state_dict().items()}, folder / "reward.safetensors",
                      {"config": json.dumps(self.config.to_diffusers()), "depth": str(self.depth), **metadata})
 
     @classmethod
@@ -92,7 +92,8 @@ class LatentReward(nn.Module):
         file = find(path, "reward.safetensors") / "reward.safetensors"
         try:
             tensors, metadata = read_tensors(file)
-            check_world(metadata, file)
+            if "world" in metadata:
+                check_world(metadata, file)
             reward = cls(Config.from_dict(json.loads(metadata["config"])), int(metadata["depth"]))
             load_strict(reward, {k: v.float() for k, v in tensors.items()}, file)
         except ValueError as e:
@@ -150,7 +151,7 @@ def read_template(path):
         raise ValueError(f"--template {path} cannot be read: {e}") from None
     marks = (*TOKENS[:2], "{text_prompt}", TOKENS[2])                           # each once and in this order
     if not found or fields != ["text_prompt"] or re.findall("|".join(map(re.escape, marks)), found[-1]) != [*marks]:
-        raise ValueError(f"--template {path} must set {THEIR_TEMPLATE} to a string with {', '.join(marks)} in this order")
+        raise ValueError(f"--template {path} must set {THEIR_TEMPLATE} to a text with {', '.join(marks)} in this order")
     return found[-1]
 
 
@@ -193,8 +194,7 @@ def frame_size(height, width, max_pixels=MAX_PIXELS, path="the video"):
 
 
 def patchify(frames, size):
-    """Patches (N, 3 * 2 * 14 * 14) of uint8 frames (T, H, W, 3), T even, resized to size, and their grid (T / 2, rows,
-    columns).
+    """(patches (N, 1176), grid (T / 2, rows, columns)) of uint8 frames (T, H, W, 3), T even, resized to size.
 
     A patch spans two frames; the four that become one token follow each other.
     """
@@ -217,7 +217,7 @@ def check_videos(paths):
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")     # those that get LoRA
 SETTINGS = dict(fps=2.0, num_frames=None, max_frame_pixels=MAX_PIXELS, sample_type="uniform", output_dim=1,
-                reward_token="special", lora_r=64, lora_alpha=128, use_rslora=False)
+                reward_token="special", lora_r=64, lora_alpha=128, use_rslora=False, mean=None, std=None)
 
 
 class VideoReward(nn.Module):
@@ -239,8 +239,9 @@ class VideoReward(nn.Module):
         width = config.text_config.hidden_size
         self.rows = nn.Parameter(torch.zeros(len(self.token_ids), width))       # the special tokens' embeddings
         self.rm_head = nn.Linear(width, settings["output_dim"], bias=False)
-        self.register_buffer("mean", torch.full((len(DIMS),), math.nan), persistent=False)     # nan: none are known
-        self.register_buffer("std", torch.full((len(DIMS),), math.nan), persistent=False)
+        for name in ("mean", "std"):                                            # of raw scores; nan: not known
+            constants = torch.tensor(settings[name] or [math.nan] * len(DIMS))
+            self.register_buffer(name, constants, persistent=False)
 
     def inputs(self, paths, prompts):
         """What forward takes: token ids and mask (B, L), padded right, patches (N, 1176) of all videos, grids (B, 3).
@@ -267,17 +268,19 @@ class VideoReward(nn.Module):
 
     def forward(self, ids, mask, patches, grids):
         """Raw scores (B, 3) fp32 of what `inputs` returns."""
-        text, (B, L) = self.qwen.language_model, ids.shape
-        x = text.embed_tokens(ids)                                              # (B, L, D)
-        for i, row in zip(self.token_ids, self.rows):
-            x = torch.where((ids == i)[..., None], row.type_as(x), x)
-        seen = self.qwen.visual(patches.to(self.qwen.visual.dtype), grid_thw=grids).pooler_output
-        x = x.masked_scatter((ids == self.video_id)[..., None], seen.type_as(x))
-        # Plain positions 0..L-1 on all three rotary axes, and not Qwen2-VL's row, column and time for the video
-        # tokens: the authors hand embeddings to the language model, whose transformers of the time then counted
-        # plainly, in training and after. With the others the released weights give other scores.
+        text, B, L = self.qwen.language_model, *ids.shape
+        # Plain positions 0..L-1 on all three rotary axes, and not Qwen2-VL's frame, row and column for video tokens:
+        # the authors hand embeddings to the language model, whose transformers of the time then counted plainly, in
+        # training and after. With the others the released weights give other scores.
         positions = torch.arange(L, device=ids.device).expand(3, B, L)
-        h = text(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state.float()
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.training and ids.is_cuda):
+            x = text.embed_tokens(ids)                                          # (B, L, D)
+            for i, row in zip(self.token_ids, self.rows):
+                x = torch.where((ids == i)[..., None], row.type_as(x), x)
+            seen = self.qwen.visual(patches.to(self.qwen.visual.dtype), grid_thw=grids).pooler_output
+            x = x.masked_scatter((ids == self.video_id)[..., None], seen.type_as(x))
+            h = text(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        h = h.float()
         rows, length = torch.arange(B, device=ids.device), mask.sum(1)
         if self.token_ids:
             at = torch.stack([(ids == i).int().argmax(1) for i in self.token_ids], dim=1)      # (B, 3)
@@ -321,19 +324,23 @@ class VideoReward(nn.Module):
         the Qwen2-VL is.
         """
         save_tensors(self.state_dict(), folder / "reward.safetensors", metadata)
-        constants = {f"{dim}_{k}": v for k in ("mean", "std") for dim, v in zip(DIMS, getattr(self, k).tolist())}
-        write_json(folder / "model_config.json", {"settings": self.settings} | (
-            {} if self.mean.isnan().any() else {"inference_config": constants}))
+        known = {} if self.mean.isnan().any() else {"mean": self.mean.tolist(), "std": self.std.tolist()}
+        write_json(folder / "model_config.json", {"settings": self.settings | known})
         self.qwen.config.save_pretrained(folder / "base")
         self.tokenizer.save_pretrained(folder / "base")
 
-    def load(self, tensors, source, dtype):
-        """Take these tensors, LoRA merged, as weights: Qwen2-VL in dtype, head and rows in fp32; source: their name."""
+    def load(self, tensors, source, dtype=None):
+        """Take these tensors, LoRA merged, as weights: Qwen2-VL in dtype, head and rows in fp32; source: their name.
+
+        dtype None is fp32, or bf16 beside a GPU.
+        """
+        dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
         self.identity = fingerprint(tensors, self.settings, dtype)
         merge_lora(tensors, self.settings)
         if len(tensors.get(EMBEDDING, ())) == len(self.tokenizer):
             tensors.setdefault("rows", tensors[EMBEDDING][self.token_ids])
-        load_strict(self, {k: v.to(dtype if k.startswith("qwen.") else torch.float32) for k, v in tensors.items()}, source)
+        cast = {k: v.to(dtype if k.startswith("qwen.") else torch.float32) for k, v in tensors.items()}
+        load_strict(self, cast, source)
         return self
 
     @classmethod
@@ -349,7 +356,7 @@ class VideoReward(nn.Module):
             reward = cls(config, tokenizer, settings)
             nn.init.normal_(reward.rm_head.weight, std=0.02)
             tensors = {**read_base_weights(folder, len(tokenizer)), "rm_head.weight": reward.rm_head.weight.detach()}
-            return reward.load(tensors, base, default_dtype())
+            return reward.load(tensors, base)
         except ValueError as e:
             fail(e)
 
@@ -357,33 +364,27 @@ class VideoReward(nn.Module):
     def from_pretrained(cls, checkpoint, base=None, template=None, dtype=None):
         """The VideoReward of a folder or hub repository, its LoRA merged, in eval mode.
 
-        Read are the authors' layout, model_config.json beside checkpoint-<step>/ (the highest, unless the folder
-        of a step is named), whole or as adapter, and what save writes. base: the Qwen2-VL, where the one that
-        model_config.json names should not be used; template: the file for read_template; dtype: unset, fp32 on a
-        CPU and bf16 beside a GPU.
+        Read are the authors' layouts, model_config.json beside checkpoint-<step>/ (the highest) with a whole model or
+        an adapter, and what save writes. base: the Qwen2-VL, if not the one that the checkpoint names; template: the
+        file for read_template; dtype: of Qwen2-VL, see load.
         """
         try:
             folder, step = locate(checkpoint)
-            settings, named, constants = read_settings(folder, template)
-            own = folder / "base" if (folder / "base").is_dir() else None
-            whole = (step / "reward.safetensors").exists() or (step / "model.pth").exists()
-            base = fetch(base or own or named, BASE_FILES if whole else [*BASE_FILES, "*.safetensors"])
+            settings, named = read_settings(folder, template)
+            own, whole = step / "reward.safetensors", step / "model.pth"
+            adapter = not own.exists() and not whole.exists()
+            base = fetch(base or named, [*BASE_FILES, "*.safetensors"] if adapter else BASE_FILES)
             words = step / "tokenizer" if (step / "tokenizer").is_dir() else base
             config, tokenizer = read_base(base, words, settings["reward_token"] == "special")
-            if (step / "reward.safetensors").exists():
-                tensors = our_names(read_tensors(step / "reward.safetensors")[0])
-            elif whole:
-                tensors = our_names(unpickle(step / "model.pth"))
-            else:                                       # the later wins: an adapter may hold the embeddings as well
-                tensors = {**read_base_weights(base, len(tokenizer)), **our_names(unpickle(step / "non_lora_state_dict.pth")),
+            if adapter:                                 # the later wins: an adapter may hold the embeddings as well
+                tensors = {**read_base_weights(base, len(tokenizer)),
+                           **our_names(unpickle(step / "non_lora_state_dict.pth")),
                            **our_names(read_tensors(step / "adapter_model.safetensors")[0])}
-            reward = cls(config, tokenizer, settings).load(tensors, step, dtype or default_dtype())
+            else:
+                tensors = our_names(read_tensors(own)[0] if own.exists() else unpickle(whole))
+            return cls(config, tokenizer, settings).load(tensors, step, dtype).eval().requires_grad_(False)
         except ValueError as e:
             fail(e)
-        if constants:
-            reward.mean.copy_(torch.tensor(constants[0]))
-            reward.std.copy_(torch.tensor(constants[1]))
-        return reward.eval().requires_grad_(False)
 
 
 # ---- VideoReward: what its files hold ----
@@ -392,11 +393,6 @@ EMBEDDING = "qwen.language_model.embed_tokens.weight"
 BASE_FILES = ["config.json", "*token*", "vocab.json", "merges.txt", "chat_template*"]
 CHECKPOINT_FILES = ["model_config.json", "checkpoint-*/*.safetensors", "checkpoint-*/model.pth",
                     "checkpoint-*/non_lora_state_dict.pth", "checkpoint-*/tokenizer/*", "reward.safetensors", "base/*"]
-
-
-def default_dtype():
-    """bf16 beside a GPU, else fp32."""
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def fetch(name, wanted):
@@ -440,48 +436,51 @@ def unpickle(path):
 
 
 def locate(checkpoint):
-    """(folder of model_config.json, folder of the weights) of a checkpoint."""
+    """(folder of model_config.json, folder of the weights) of a checkpoint: itself, or the last of its steps."""
     folder = fetch(checkpoint, CHECKPOINT_FILES)
-    if re.fullmatch(r"checkpoint-\d+", folder.name) and (folder.parent / "model_config.json").exists():
-        return folder.parent, folder
-    steps = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    steps = {int(p.name[11:]): p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()}
     if not (folder / "model_config.json").exists() or not (steps or (folder / "reward.safetensors").exists()):
-        raise ValueError(f"{checkpoint} is no VideoReward: it must hold model_config.json and checkpoint-<step>/ or "
+        raise ValueError(f"{checkpoint} is no VideoReward: it must hold model_config.json, and checkpoint-<step>/ or "
                          "reward.safetensors")
-    return folder, max(steps, key=lambda p: int(p.name.split("-")[1])) if steps else folder
+    return folder, steps[max(steps)] if steps else folder
 
 
 def read_settings(folder, template):
-    """(settings, name of the base, (means, stds) or None) of a model_config.json."""
-    file = folder / "model_config.json"
-    raw = {k: v for section in read_json(file).values() if isinstance(section, dict) for k, v in section.items()}
-    settings = SETTINGS | {k: v for k, v in raw.items() if k in SETTINGS or k == "template"}
+    """(settings, the Qwen2-VL they name) of a checkpoint's model_config.json, whose sections are read as one."""
+    raw = {k: v for section in read_json(folder / "model_config.json").values() if isinstance(section, dict)
+           for k, v in section.items()}
+    settings = SETTINGS | {k: v for k, v in raw.items() if k in (*SETTINGS, "template")}
+    for name in ("mean", "std"):                                                # the authors' are VQ_mean and so on
+        constants = [raw.get(f"{dim}_{name}") for dim in DIMS]
+        settings[name] = settings[name] if None in constants else constants
     if raw.get("use_special_tokens"):
         settings["reward_token"] = "special"
+    special = settings["reward_token"] == "special"
+    for key, known in (("prompt_template_type", (None, "detailed_special")), ("sample_type", ("uniform",)),
+                       ("reward_token", ("special", "last", "mean")), ("output_dim", (1, 3) if special else (3,))):
+        if (value := settings.get(key, raw.get(key))) not in known:
+            raise ValueError(f"{folder}/model_config.json: {key} = {value!r} is not supported, only {known[-1]!r}")
     if "template" in settings and template:
-        raise ValueError(f"{folder} holds the prompt that it was trained with: leave --template out")
+        raise ValueError(f"{folder} knows the prompt that it was trained with: leave --template out")
     if "template" not in settings and not template:
-        raise ValueError(f"{folder} was trained with its authors' prompt, which is not copied here: take prompt_template.py "
-                         "from their repository KwaiVGI/VideoAlign on GitHub and name it with --template")
-    settings.setdefault("template", read_template(template) if template else None)
-    places = len(DIMS) if settings["reward_token"] == "special" else 1
-    for key, value, known in (("prompt_template_type", raw.get("prompt_template_type"), (None, "detailed_special")),
-                              ("sample_type", settings["sample_type"], ("uniform",)),
-                              ("reward_token", settings["reward_token"], ("special", "last", "mean")),
-                              ("output_dim", settings["output_dim"], (1, 3) if places > 1 else (3,))):
-        if value not in known:
-            raise ValueError(f"{file}: {key} = {value!r} is not supported, only {', '.join(map(str, known))}")
-    constants = [[raw.get(f"{dim}_{k}") for dim in DIMS] for k in ("mean", "std")]
-    return settings, raw.get("model_name_or_path"), None if None in sum(constants, []) else constants
+        raise ValueError(f"{folder} was trained with its authors' prompt, which is not copied here: take "
+                         "prompt_template.py from their repository KwaiVGI/VideoAlign and name it with --template")
+    if template:
+        settings["template"] = read_template(template)
+    base = folder / "base" if (folder / "base").is_dir() else raw.get("model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder}/model_config.json names no Qwen2-VL: name one as the base")
+    return settings, base
 
 
 def read_base(base, words, special):
     """(config, tokenizer) of a Qwen2-VL; words: the folder of the tokenizer, to which the three tokens are added."""
-    from transformers import AutoTokenizer, Qwen2VLConfig
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2VLConfig
     if not is_qwen(base):
         raise ValueError(f"{base} is not a Qwen2-VL: its config.json must say so")
+    plain = PreTrainedTokenizerFast if (words / "tokenizer.json").exists() else AutoTokenizer   # the file as it stands
     try:
-        config, tokenizer = Qwen2VLConfig.from_pretrained(base), AutoTokenizer.from_pretrained(words)
+        config, tokenizer = Qwen2VLConfig.from_pretrained(base), plain.from_pretrained(words)
     except (OSError, ValueError) as e:
         raise ValueError(f"{words} holds no tokenizer that can be read: {str(e).splitlines()[0]}") from None
     if tokenizer.chat_template is None and (base / "chat_template.json").exists():        # beside older processors
@@ -542,8 +541,7 @@ def fingerprint(tensors, settings, dtype):
 
 def is_video_reward(path):
     """Whether the folder or hub repository is a VideoReward and not a LatentReward. ValueError where there is none."""
-    folder = fetch(path, ["model_config.json"])
-    return (folder / "model_config.json").exists() or re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+    return (fetch(path, ["model_config.json"]) / "model_config.json").exists()
 
 
 def load_reward(path, base=None, template=None):
@@ -556,31 +554,32 @@ def load_reward(path, base=None, template=None):
 
 
 def score_videos(reward, paths, prompts, cache_file, normalise=True):
-    """VideoReward's scores (n, 3) of video files and their prompts; each distinct one is scored once.
+    """VideoReward's scores (n, 3) of video files and their prompts; each distinct pair is scored once.
 
-    Every score goes to cache_file at once, one line of JSON each, so that a run that was interrupted goes on
-    where it stopped. It is found again by the video's path, size and time of change, the prompt, and
-    reward.identity. ValueError names a video that can't be scored.
+    Every raw score is at once added to cache_file, a line of JSON each: reward.identity, the video's path, size and
+    time of change, the prompt, VQ, MQ, TA. So an interrupted run goes on where it stopped. ValueError names a video
+    that can't be scored.
     """
     try:
-        files = {path: (str(Path(path).resolve()), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in set(paths)}
+        stats = {path: os.stat(path) for path in set(paths)}
     except OSError as e:
         raise ValueError(f"{e.filename} cannot be read: {e.strerror}") from None
-    keys = [json.dumps([reward.identity, *files[path], prompt]) for path, prompt in zip(paths, prompts, strict=True)]
+    keys = [(reward.identity, str(Path(path).resolve()), stats[path].st_size, stats[path].st_mtime_ns, prompt)
+            for path, prompt in zip(paths, prompts, strict=True)]
     known, cache = {}, Path(cache_file)
     for line in cache.read_text(encoding="utf-8").splitlines() if cache.exists() else ():
         try:
-            entry = json.loads(line)
-            known[entry["key"]] = entry["raw"]
-        except (ValueError, KeyError, TypeError):                               # cut short by an interruption
+            *key, vq, mq, ta = json.loads(line)
+            known[tuple(key)] = vq, mq, ta
+        except (ValueError, TypeError):                                         # cut short by an interruption
             continue
-    missing = {key: pair for key, pair in zip(keys, zip(paths, prompts)) if key not in known}
     cache.parent.mkdir(parents=True, exist_ok=True)
+    todo = [key for key in dict.fromkeys(keys) if key not in known]
     with open(cache, "a", encoding="utf-8") as file:
-        file.write("\n" if missing else "")                                     # ends such a line
-        for key, (path, prompt) in tqdm(missing.items(), desc="scoring", disable=not missing):
-            known[key] = reward.score([path], [prompt], normalise=False)[0].tolist()
-            file.write(json.dumps({"key": key, "raw": known[key]}) + "\n")
+        file.write("\n" if todo else "")                                        # ends such a line
+        for key in tqdm(todo, desc="scoring", disable=not todo):
+            known[key] = reward.score([key[1]], [key[-1]], normalise=False)[0].tolist()
+            file.write(json.dumps([*key, *known[key]]) + "\n")
             file.flush()
     r = torch.tensor([known[key] for key in keys])
     return reward.normalised(r) if normalise else r
@@ -667,7 +666,7 @@ def print_scores(names, scores):
     print(f"{'':36} " + " ".join(f"{name:>8}" for name in (*DIMS, "Overall")))
     for name, r in zip(names, torch.cat([scores, overall(scores)[:, None]], dim=1).tolist()):
         print(f"{str(name)[-36:]:36} " + " ".join(f"{x:+8.3f}" for x in r))
-    print("0 is an average video of the validation set, 1 a standard deviation: negative is normal. Raw scores have no 0.")
+    print("normalised, 0 is an average video and negative is normal; raw, the sign means nothing")
     return scores
 
 

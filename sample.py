@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from data import (DIMS, FRAMES, HERE, PROMPTS, SIZE, ShapesCodec, WanCodec, attributes, caption_of, check_clip_args,
-                  check_out, check_world, contact_sheet, embed_text, fail, find, oracle, overall, parse_args, read_table,
-                  rng, split_of, start_run, to_float, to_uint8, with_overall, write_json, write_video)
+                  check_out, check_world, contact_sheet, embed_text, fail, find, oracle, overall, parse_args,
+                  read_table, rng, split_of, start_run, to_float, to_uint8, with_overall, write_json, write_video)
 from model import VideoDiT, load_lora, lora_disabled, read_tensors, save_tensors
 from reward import LatentReward, load_reward, score_clean, score_videos
 
@@ -153,7 +153,8 @@ def generate(model, codec, prompts, seed, ts, size=(FRAMES, SIZE, SIZE), cfg_sca
 
 def toy_videos(model, prompts, seed, steps=16, shift=3.0, **settings):
     """Videos (n, 3, T, H, W) in [-1, 1] of prompts of Shapes world."""
-    return torch.stack([x for _, x in generate(model, ShapesCodec(), prompts, seed, timesteps(steps, shift), **settings)])
+    drawn = generate(model, ShapesCodec(), prompts, seed, timesteps(steps, shift), **settings)
+    return torch.stack([video for _, video in drawn])
 
 
 # ---- win rates ----
@@ -204,29 +205,48 @@ def report(run, result, prompts, videos, start):
     contact_sheet(run / "samples.png", [[(f"start: {prompt}  {caption_of(score_a)}", a),
                                          (f"{run.name}:  {caption_of(score_b)}", b)]
                                         for prompt, a, score_a, b, score_b in rows])
-    print(table({run.name: result}))
+    print(table({run.name: [result]}))
 
 
 def table(results):
-    """Markdown: one row per run and judge, win rates in per cent."""
+    """Markdown of {name: [result of each seed]}: one row per run and judge, win rates in per cent, mean ± spread."""
     names = ("Overall", *DIMS)
     lines = ["| run | judge | " + " | ".join(names) + " | n |", "|---|---|" + "---|" * 5]
-    for run, result in results.items():
+    for run, seeds in results.items():
         for judge, key in (("oracle", "win_rate"), ("reward", "win_rate_reward")):
-            if key in result:
-                rates = " | ".join(f"{100 * result[key][dim]:.1f} %" for dim in names)
-                lines.append(f"| {run} | {judge} | {rates} | {result['n']} |")
+            if key in seeds[0]:
+                rates = " | ".join(spread([100 * result[key][dim] for result in seeds]) + " %" for dim in names)
+                n = seeds[0]["n"] if len(seeds) == 1 else f"{len(seeds)} x {seeds[0]['n']}"
+                lines.append(f"| {run} | {seeds[0].get('judge', judge)} | {rates} | {n} |")
     return "\n".join(lines)
 
 
+def spread(values, digits=1):
+    """'61.2', or of several values their mean and standard deviation, '61.2 ± 0.9'."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
 def compare(runs, out):
-    """Print one table of the runs' win rates; draw their first samples side by side, after the start model's."""
-    folders = [find(run, "eval.json") for run in runs]
-    print(table({folder.name: json.loads((folder / "eval.json").read_text()) for folder in folders}))
-    samples = [read_tensors(folder / "samples.safetensors") for folder in folders]
+    """Print one table of the runs' win rates; draw their first samples side by side, after the start model's.
+
+    Runs whose arguments differ in nothing but seed and folder are one row, with mean and standard deviation.
+    """
+    folders, groups = [find(run, "eval.json") for run in runs], {}
+    for folder in folders:
+        args = json.loads((folder / "config.json").read_text())["args"]
+        key = json.dumps({k: v for k, v in args.items() if k not in ("seed", "out", "resume")})
+        groups.setdefault(key, []).append(folder)
+    results = {group[0].name: [json.loads((folder / "eval.json").read_text()) for folder in group]
+               for group in groups.values()}
+    print(table(results))
+    files = [group[0] / "samples.safetensors" for group in groups.values()]
+    if not all(file.exists() for file in files):                                # a Wan's videos are files of their own
+        return
+    samples = [read_tensors(file) for file in files]
     prompts = json.loads(samples[0][1]["prompts"])
     columns = [("start", samples[0][0]["start"])]
-    columns += [(folder.name, tensors["videos"]) for folder, (tensors, _) in zip(folders, samples)]
+    columns += [(name, tensors["videos"]) for name, (tensors, _) in zip(results, samples)]
     contact_sheet(out, [[(f"{prompt}: {name}" if name == "start" else name, to_float(videos[i]))
                          for name, videos in columns] for i, prompt in enumerate(prompts[:6])], max_frames=4)
     print(f"wrote {out}")
@@ -339,8 +359,8 @@ def main(args):
     codec = ShapesCodec() if toy else WanCodec(origin(path)[0], device)
     run, ratios = start_run(args, device), []
     prompts = [row["prompt"] for row in rows for _ in range(args.n_per_prompt)] or eval_prompts(args.eval, args.split)
-    settings = dict(codec=codec, prompts=prompts, seed=args.seed, ts=timesteps(args.steps, args.shift), batch=args.batch,
-                    size=(args.frames, *args.size), cfg_scale=args.cfg, negative=args.negative)
+    settings = dict(codec=codec, prompts=prompts, seed=args.seed, ts=timesteps(args.steps, args.shift),
+                    size=(args.frames, *args.size), cfg_scale=args.cfg, negative=args.negative, batch=args.batch)
     drawn = generate(model, **settings, reward=guide, rg_scale=args.rg_scale, dim_w=args.dim_w,
                      max_ratio=args.max_ratio, ratios=ratios)
     if args.against == "base":
@@ -367,7 +387,7 @@ def main(args):
                           for folder, x in ((run, latents), (run / "start", start_latents)))
             result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "n": len(prompts)}
             write_json(run / "eval.json", result)
-            print(table({run.name: result}))
+            print(table({run.name: [result]}))
     if ratios:
         by_step = [np.mean(ratios[k::args.steps - 1]) for k in range(args.steps - 1)]
         print("guidance / velocity, by step:", " ".join(f"{ratio:.2f}" for ratio in by_step))

@@ -467,7 +467,7 @@ def test_a_latent_reward_starts_from_the_base_and_survives_its_file(tmp_path):
         r.mean.fill_(0.5)
         r.std.fill_(2.0)
         assert torch.allclose(r.score(x, t, text), (r(x, t, text) - 0.5) / 2)
-        r.save(tmp_path / "reward.safetensors", {"world": data.world_hash()}, dtype=torch.float32)
+        r.half().float().save(tmp_path, {"world": data.world_hash()})             # the file is 16 bit
         assert torch.equal(reward.LatentReward.from_pretrained(tmp_path).score(x, t, text), r.score(x, t, text))
 
 
@@ -662,7 +662,11 @@ def test_patches_are_those_of_transformers_own_processor():
         row, column = n // 4 // 13 * 2 + n % 4 // 2, n // 4 % 13 * 2 + n % 2
         seen = frames[:, row * 14:row * 14 + 14, column * 14:column * 14 + 14].transpose(3, 0, 1, 2) / 255
         assert np.abs(x[n].numpy() - seen).max() < 1e-5, n
-    x, _ = reward.patchify(g.integers(0, 256, (2, 97, 131, 3), dtype=np.uint8), (280, 364))
+    for height, width in ((97, 131), (900, 700)):                               # resized by Pillow there, by torch here
+        frame = g.integers(90, 166, (height, width, 3), dtype=np.uint8)         # mid greys: Pillow clamps between its two passes
+        out = processor(Image.fromarray(frame), return_tensors="pt")
+        x, grid = reward.patchify(frame[None].repeat(2, 0), reward.frame_size(height, width))
+        assert grid.tolist() == out["image_grid_thw"][0].tolist() and (x - out["pixel_values"]).abs().max() * 0.27 * 255 < 1.5
     grey = (x.view(-1, 3, 2, 14, 14) * reward.PIXEL_STD[None, :, None] + reward.PIXEL_MEAN[None, :, None]) * 255
     assert (grey - grey.round()).abs().max() < 1e-3 and grey.min() > -0.01 and grey.max() < 255.01
 
@@ -707,7 +711,7 @@ def test_interrupted_scoring_goes_on_and_nothing_is_scored_twice(qwen, tmp_path,
     def score(paths, prompts, normalise):
         if len(scored) == 2:
             raise KeyboardInterrupt
-        scored.append((paths[0].stem, prompts[0]))
+        scored.append((Path(paths[0]).stem, prompts[0]))
         return reward.VideoReward.score(own, paths, prompts, normalise)
     monkeypatch.setattr(own, "score", score)
     with pytest.raises(KeyboardInterrupt):
@@ -910,7 +914,7 @@ def test_human_labels_decide_by_sign_and_drop_ties():
 
 def test_sample_writes_videos_guides_evaluates_and_compares(runs):
     common = dict(ckpt=str(runs / "base"), steps=3)
-    sample.main(sample.Args(**common, prompt=["a red circle moving left"], n=2, cfg=2.0, nrg=str(runs / "noisy"), out=str(runs / "videos")))
+    sample.main(sample.Args(**common, prompt=["a red circle moving left"], n_per_prompt=2, cfg=2.0, nrg=str(runs / "noisy"), out=str(runs / "videos")))
     frames, _ = data.read_video(runs / "videos" / "001.mp4")
     assert frames.shape == (8, 192, 192, 3)
     result = sample.main(sample.Args(**common, nrg=str(runs / "noisy"), eval=18, dim_w=(0.0, 0.0, 1.0), out=str(runs / "nrg")))
@@ -919,6 +923,7 @@ def test_sample_writes_videos_guides_evaluates_and_compares(runs):
     with contextlib.redirect_stdout(printed):
         sample.main(sample.Args(compare=[str(runs / "nrg"), str(runs / "nrg")]))
     assert printed.getvalue().count("| nrg | oracle |") == 1 and (runs / "compare.png").exists()
+    assert printed.getvalue().count(" ± 0.0 %") == 4 and "| 2 x 18 |" in printed.getvalue()    # one run twice: one row
     scores = reward.main(reward.Args(ckpt=str(runs / "reward"), video=[str(runs / "videos" / "000.mp4")], prompt="a red circle moving left"))
     assert scores.shape == (1, 3)
 
@@ -1111,6 +1116,21 @@ def test_wan_is_sampled_side_by_side_under_the_names_that_vbench_expects(wan, tm
         assert {p.name for p in folder.glob("*.mp4")} == names and (folder / "samples.png").exists()
     frames, fps = data.read_video(tmp_path / "out/a dog sleeps-1.mp4")
     assert frames.shape == (5, 32, 48, 3) and fps == 16
+
+
+def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path):
+    train_reward.main(train_reward.Args(noisy=True, model=str(wan), pairs=str(wan / "pairs.csv"), frames=5, size=(32, 48),
+                                        cache=str(wan / "cache"), depth=1, steps=4, batch=2, accumulate=2, lr=1e-3,
+                                        out=str(tmp_path / "noisy")))
+    args = dict(model=str(wan), prompt=["a cat runs"], n_per_prompt=2, frames=5, size=(32, 48), steps=3)
+    sample.main(sample.Args(**args, out=str(tmp_path / "plain")))
+    train_align.main(wan_args(wan, "guided", loss="rwr", labels="reward", reward=str(tmp_path / "noisy"), steps=2))
+    result = sample.main(sample.Args(**{**args, "model": "", "ckpt": str(wan / "guided")}, nrg=str(tmp_path / "noisy"),
+                                     against="base", reward=str(tmp_path / "noisy"), out=str(tmp_path / "out")))
+    assert set(result["win_rate"]) == {*DIMS, "Overall"} and json.loads((tmp_path / "out/eval.json").read_text()) == result
+    plain, guided = (data.read_video(tmp_path / x / "001.mp4")[0] for x in ("plain", "out"))
+    assert not np.array_equal(plain, guided)
+    assert np.array_equal(plain, data.read_video(tmp_path / "out/start/001.mp4")[0])      # the same noise, unguided
 
 
 def test_lora_files_of_diffusers_names_load_too(wan, tmp_path):
