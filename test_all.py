@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -899,6 +900,23 @@ def test_rwr_accumulated_over_micro_batches_is_rwr_in_one(runs):
         train_align.main(align_args(runs, name, loss="rwr", steps=2, batch=4, accumulate=parts, eval_n=2))
     one, four = (model_file.read_tensors(runs / name / "lora.safetensors")[0] for name in ("one", "four"))
     assert all(torch.allclose(one[k], four[k], atol=1e-5) for k in one)
+
+
+def test_two_processes_give_the_losses_and_videos_of_one(runs, tmp_path):
+    methods = {"dpo": {}, "rwr": dict(loss="rwr", accumulate=2)}
+    one, two = ([align_args(runs, f"{name}_ranks{n}", steps=2, eval_n=5, **changes) for name, changes in methods.items()] for n in (1, 2))
+    for args in one:
+        train_align.main(args)
+    script = tmp_path / "two.py"                                                # both in one torchrun: starting it is most of the time
+    script.write_text("import sys, train_align as t\nfor args in eval(sys.argv[1], vars(t)):\n    t.main(args)\n")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, repr(two)],
+                   env=os.environ | {"PYTHONPATH": str(HERE)}, check=True, capture_output=True)
+    for args in zip(one, two):
+        logs = [json.loads((Path(a.out) / "log.jsonl").read_text()) for a in args]
+        assert all(np.isclose(logs[0][k], logs[1][k], rtol=1e-4) for k in ("loss", "grad_norm"))
+        for file, near in (("lora.safetensors", 1e-5), ("samples.safetensors", 1)):     # weights; pixels of 256 levels
+            a, b = (model_file.read_tensors(Path(a.out) / file)[0] for a in args)
+            assert a.keys() == b.keys() and all((a[k].float() - b[k].float()).abs().max() <= near for k in a)
 
 
 def test_human_labels_decide_by_sign_and_drop_ties():
