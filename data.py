@@ -742,7 +742,7 @@ def video_info(path):
                 raise ValueError(f"{path} has no video in it")
             stream = container.streams.video[0]
             fps, size = float(stream.average_rate or stream.guessed_rate or 0), (stream.height, stream.width)
-            count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+            count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
     except (av.FFmpegError, OSError) as e:
         raise ValueError(f"{path} cannot be read as a video: {e}") from None
     if count < 1 or not fps > 0:

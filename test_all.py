@@ -711,11 +711,11 @@ def test_interrupted_scoring_goes_on_and_nothing_is_scored_twice(qwen, tmp_path,
 
     def score(paths, prompts, normalise):
         if len(scored) == 2:
-            raise KeyboardInterrupt
+            raise RuntimeError("interrupted")
         scored.append((Path(paths[0]).stem, prompts[0]))
         return reward.VideoReward.score(own, paths, prompts, normalise)
     monkeypatch.setattr(own, "score", score)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError):
         reward.score_videos(own, videos, prompts, cache)
     cache.write_text(cache.read_text() + '{"key": "cut sho')                    # as a power cut would leave it
     scored.pop(), scored.pop()
@@ -770,7 +770,7 @@ def test_a_step_in_parts_is_a_step_in_one(qwen, tmp_path):
 
 def test_the_benchmark_counts_what_is_labelled_and_writes_every_pair(qwen, tmp_path, capsys):
     args = train_reward.Args(eval=str(qwen[0] / "released"), template=str(qwen[0] / "prompt_template.py"), pairs=prefs(qwen, "prefs.csv"),
-                             cache=str(tmp_path / "scores.jsonl"), out=str(tmp_path / "eval"))
+                             cache=str(tmp_path), out=str(tmp_path / "eval"))
     result = train_reward.main(args)
     own = released(qwen)
     better = own.score(clips(qwen, "a", "b"), ["", ""])[:, 0]
@@ -807,6 +807,7 @@ BAD_QWEN = [
     (reward, "--video {clip} --prompt p --ckpt {evil} --template {template}", "model.pth cannot be read"),
     (train_reward, "--model {base}", "with --pairs"),
     (train_reward, "--pairs {prefs}", "--model"),
+    (train_reward, "--model {base} --pairs {prefs} --noisy", "on latents"),
     (train_reward, "--model {base} --pairs {plain} --loss regression", "MOS_A_VQ"),
     (train_reward, "--model {base} --pairs {broken}", "text.mp4 cannot be read as a video"),
     (train_reward, "--eval {released} --template {template}", "with --pairs"),

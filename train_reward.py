@@ -138,6 +138,8 @@ def check(args):
         if (kind != "toy") != bool(args.pairs):
             fail("Shapes world makes its own pairs: leave --pairs out, or name a Qwen2-VL or Wan with --model"
                  if args.pairs else "this reward learns and is measured on video files: name their CSV with --pairs")
+        if kind == "qwen" and args.noisy:
+            fail("--noisy trains a reward on latents and a Qwen2-VL reads pixels: leave one of them out")
         pairs = read_pairs(args.pairs) if args.pairs else None
         if kind == "qwen":
             check_videos(path for pair in pairs.paths for path in pair)
