@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (DIMS, FRAMES, HERE, PROMPTS, SIZE, ShapesCodec, WanCodec, attributes, caption_of, check_clip_args,
-                  check_out, check_world, contact_sheet, embed_text, fail, find, oracle, overall, parse_args,
-                  read_table, rng, split_of, start_run, to_float, to_uint8, with_overall, write_json, write_video)
+from data import (DIMS, FRAMES, HERE, PROMPTS, RANK, SIZE, WORLD, ShapesCodec, WanCodec, attributes, caption_of,
+                  check_clip_args, check_out, check_world, collect, contact_sheet, embed_text, fail, find, on_rank_0,
+                  oracle, overall, parse_args, read_table, rng, split_of, start_ranks, start_run, to_float, to_uint8,
+                  with_overall, write_json, write_video)
 from model import VideoDiT, load_lora, lora_disabled, read_tensors, save_tensors
 from reward import LatentReward, load_reward, score_clean, score_videos
 
@@ -132,16 +133,17 @@ def generate(model, codec, prompts, seed, ts, size=(FRAMES, SIZE, SIZE), cfg_sca
     """Yield (latents (C, T', H', W'), video (3, T, H, W) in [-1, 1]) of each prompt, on the CPU.
 
     size: frames, height, width of the videos; ts: decreasing times from 1 to 0. The i-th noise is a function of
-    (seed, i).
+    (seed, i). Of several ranks each draws its share, prompts[RANK::WORLD].
     """
     device, shape = next(model.parameters()).device, codec.latent_shape(size[0], size[1:])
     distinct = list(dict.fromkeys([*prompts, negative]))
     texts = dict(zip(distinct, codec.embed(distinct)))
     at = lambda x, t: t.to(x).expand(len(x))                                    # one time for the whole batch
-    for i in tqdm(range(0, len(prompts), batch), desc="sampling", leave=False):
-        text = torch.stack([texts[p] for p in prompts[i:i + batch]]).to(device)
+    mine = range(RANK, len(prompts), WORLD)
+    for ids in tqdm([mine[i:i + batch] for i in range(0, len(mine), batch)], desc="sampling", leave=False):
+        text = torch.stack([texts[prompts[i]] for i in ids]).to(device)
         null = texts[negative].to(device).expand_as(text)
-        eps = torch.stack([torch.randn(shape, generator=rng("eval", seed, i + j)) for j in range(len(text))]).to(device)
+        eps = torch.stack([torch.randn(shape, generator=rng("eval", seed, i)) for i in ids]).to(device)
         velocity = lambda x, t: model(x, at(x, t), text)
         if cfg_scale != 1:
             velocity = cfg(velocity, lambda x, t: model(x, at(x, t), null), cfg_scale)
@@ -154,7 +156,7 @@ def generate(model, codec, prompts, seed, ts, size=(FRAMES, SIZE, SIZE), cfg_sca
 def toy_videos(model, prompts, seed, steps=16, shift=3.0, **settings):
     """Videos (n, 3, T, H, W) in [-1, 1] of prompts of Shapes world."""
     drawn = generate(model, ShapesCodec(), prompts, seed, timesteps(steps, shift), **settings)
-    return torch.stack([video for _, video in drawn])
+    return torch.stack(collect([video for _, video in drawn]))
 
 
 # ---- win rates ----
@@ -194,6 +196,7 @@ def evaluate(videos, start, prompts, reward=None):
     return {**result, "n": len(prompts)}
 
 
+@on_rank_0
 def report(run, result, prompts, videos, start):
     """Print a result of evaluate; write eval.json, samples.safetensors and samples.png into the run folder."""
     write_json(run / "eval.json", result)
@@ -345,6 +348,7 @@ def main(args):
     """Sample, evaluate or compare; returns the result of evaluate, or the names of the files written."""
     if args.compare:
         return compare(args.compare, Path(find(args.compare[-1])).parent / "compare.png")
+    start_ranks()
     rows, toy = check(args)
     device, path = "cuda" if torch.cuda.is_available() else "cpu", args.ckpt or args.model
     dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
@@ -370,9 +374,9 @@ def main(args):
         start = lambda: nullcontext(other)
 
     if args.eval:
-        videos = torch.stack([video for _, video in drawn])
+        videos = torch.stack(collect([video for _, video in drawn]))
         with start() as start_model:
-            start_videos = torch.stack([video for _, video in generate(start_model, **settings)])
+            start_videos = torch.stack(collect([video for _, video in generate(start_model, **settings)]))
         result = evaluate(videos, start_videos, prompts)
         report(run, result, prompts, videos, start_videos)
     else:
@@ -383,10 +387,10 @@ def main(args):
                 start_latents = write_videos(run / "start", names, generate(start_model, **settings), codec.fps, toy)
         if args.reward:
             judge = load_reward(args.reward, template=args.template or None)
-            r, r_start = (judged(judge, folder, names, x, prompts, codec)
+            r, r_start = (on_rank_0(judged)(judge, folder, names, x, prompts, codec)
                           for folder, x in ((run, latents), (run / "start", start_latents)))
             result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "n": len(prompts)}
-            write_json(run / "eval.json", result)
+            on_rank_0(write_json)(run / "eval.json", result)
             print(table({run.name: [result]}))
     if ratios:
         by_step = [np.mean(ratios[k::args.steps - 1]) for k in range(args.steps - 1)]
@@ -398,7 +402,7 @@ def write_videos(folder, names, drawn, fps, toy):
     """Write drawn (latents, video) pairs as <name>.mp4 and the first of them as samples.png; returns the latents."""
     folder.mkdir(exist_ok=True)
     latents, cells = [], []
-    for name, (x, video) in zip(names, drawn):
+    for name, (x, video) in zip(names[RANK::WORLD], drawn):
         latents.append(x)
         if len(cells) < 12:
             some = np.linspace(0, video.shape[1] - 1, min(8, video.shape[1])).round()
@@ -406,9 +410,9 @@ def write_videos(folder, names, drawn, fps, toy):
         if toy:                                                                 # 24 pixels are few to look at
             video = video.repeat_interleave(8, 2).repeat_interleave(8, 3)
         write_video(folder / f"{name}.mp4", video, fps)
-    contact_sheet(folder / "samples.png", cells)
-    print(f"wrote {len(latents)} mp4 and samples.png to {folder}")
-    return torch.stack(latents)
+    on_rank_0(contact_sheet)(folder / "samples.png", collect(cells)[:12])
+    print(f"wrote {len(names)} mp4 and samples.png to {folder}")
+    return torch.stack(collect(latents))
 
 
 def judged(reward, folder, names, latents, prompts, codec):

@@ -8,7 +8,8 @@
 Without --pairs the model is the toy of Shapes world: pairs come from its renderers, not from the model
 (off-policy, as in the paper), and are relabelled by the reward. With --pairs it is a Wan: videos and prompts are
 encoded once into --cache, and the file's own labels decide unless --labels reward asks a reward. RECIPES holds
-what differs from the paper. --resume goes on with a run that was stopped, exactly where it was.
+what differs from the paper. --resume goes on with a run that was stopped, exactly where it was. Under `torchrun
+--nproc_per_node 8` each process takes its share of every step's rows, and the losses are the same.
 """
 import copy
 import math
@@ -22,9 +23,10 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm, trange
 
-from data import (DIMS, ORACLE_STD, RENDERERS, WanCodec, check_clip_args, check_out, command, ctrl_c,
-                  draw_noise, embed_text, encode, fail, find, flawed_videos, load_state, log, overall, parse_args,
-                  prefetch, read_pairs, render_as, rng, save_state, start_run, step_rows, toy_pairs, world_hash)
+from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, WanCodec, add_gradients, check_clip_args, check_out,
+                  collect, command, ctrl_c, draw_noise, embed_text, encode, fail, find, flawed_videos, gather,
+                  load_state, log, on_rank_0, overall, parse_args, prefetch, read_pairs, render_as, rng, save_state,
+                  start_ranks, start_run, step_rows, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora
 from reward import VideoReward, load_reward, score_clean, score_videos
@@ -121,13 +123,13 @@ def score_pairs(args, pairs, reward):
         try:
             paths = [path for pair in pairs.paths for path in pair]
             prompts = [prompt for prompt in pairs.prompts for _ in "AB"]
-            return score_videos(reward, paths, prompts, f"{args.cache}/scores.jsonl").view(-1, 2, len(DIMS))
+            return on_rank_0(score_videos)(reward, paths, prompts, f"{args.cache}/scores.jsonl").view(-1, 2, len(DIMS))
         except ValueError as e:
             fail(e)
     parts = torch.arange(len(pairs.prompts)).split(256 if pairs.files is None else 1)
     scores = [score_clean(reward, pairs.latents(part).flatten(0, 1), pairs.text(part).repeat_interleave(2, 0))
-              for part in tqdm(parts, desc="scoring", leave=False)]
-    return torch.cat(scores).view(-1, 2, len(DIMS))
+              for part in tqdm(parts[RANK::WORLD], desc="scoring", leave=False)]
+    return torch.cat(collect(scores)).view(-1, 2, len(DIMS))
 
 
 def label_pairs(args, pairs, reward):
@@ -202,6 +204,8 @@ def check(args):
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value[args.loss] if isinstance(value, dict) else value)
+    if args.batch % WORLD:
+        fail(f"--batch {args.batch} cannot be shared out evenly: take a multiple of the {WORLD} processes")
     if len(args.dim_w) != len(DIMS) or not any(args.dim_w):
         fail(f"--dim_w takes {len(DIMS)} numbers, not all zero, for {', '.join(DIMS)}; e.g. --dim_w 0,0,1")
     if args.loss == "rwr" and args.labels == "human":
@@ -235,6 +239,7 @@ def policy_and_reference(args, device):
 
 def main(args):
     """Train, then evaluate the toy on held-out prompts against the start model; returns what eval.json holds."""
+    start_ranks()
     check(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pretrain, reward = args.loss == "pretrain", None
@@ -266,32 +271,33 @@ def main(args):
     state = {"model": model, "average": average, **{f"optimizer {i}": o for i, o in enumerate(optimizers)}}
     first = load_state(run, state) if args.resume else 0
 
-    def parts(step):
-        """The rows of a step, in the parts that go through the model one after the other."""
-        rows = usable if pretrain else usable[step_rows(len(usable), per_step, args.seed, step)]
-        return rows.chunk(args.accumulate)
+    def rows(step):
+        """The rows of a step, of all ranks."""
+        return usable if pretrain else usable[step_rows(len(usable), per_step, args.seed, step)]
+
+    def parts(values):
+        """This rank's share of a step's rows, or of their weights, in the parts that go through the model in turn."""
+        return values[RANK::WORLD].split(-(-per_step // args.accumulate))
 
     if args.pairs:
         expect_memory(args, model, pairs)
-    batches = prefetch(load, ((step, ids) for step in range(first, args.steps) for ids in parts(step)))
+    batches = prefetch(load, ((step, ids) for step in range(first, args.steps) for ids in parts(rows(step))))
     stats, tic = [], time.time()
     with ctrl_c() as stopped:
         for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=args.loss)):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * learning_rate_scale(args, step)
-            sizes = [len(ids) for ids in parts(step)]
-            weights = [None] * len(sizes)
+            weights = torch.ones(per_step, 2)
             if args.loss == "rwr":                                              # over the whole optimizer batch
-                rewards = r[torch.cat(parts(step))]
-                weights = flow_rwr(torch.ones(rewards.numel()), rewards.flatten(), args.tau).view(-1, 2).to(device)
-                weights = weights.split(sizes)
+                weights = flow_rwr(weights.flatten(), r[rows(step)].flatten(), args.tau).view(-1, 2)
 
-            for weight in weights:
-                x0, text, t, eps = (y.to(device) for y in next(batches))
+            for weight in parts(weights):
+                x0, text, t, eps, weight = (y.to(device) for y in (*next(batches), weight))
                 loss, stat = objective(args, model, reference, x0, text, t, eps, weight)
-                (loss.sum() / sum(sizes)).backward()
+                (loss.sum() / per_step).backward()
                 stats.append(stat)
+            add_gradients(model.parameters())
             grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
             for optimizer in optimizers:
                 optimizer.step()
@@ -307,14 +313,15 @@ def main(args):
                 seconds = (time.time() - tic) / 5
                 bar.write(f"{seconds:.1f} s a step: {(args.steps - done) * seconds / 3600:.1f} hours to go")
             if done % 10 == 0 or done == args.steps:
-                event = summary(torch.cat(stats).cpu())
+                event = summary(torch.cat(gather(torch.cat(stats).cpu())))
                 shown = [k for k in ("loss", "implicit_acc", "gap_w", "gap_l") if k in event]
                 bar.set_postfix({k: f"{event[k]:.4f}" for k in shown})
                 log(run, step=done, grad_norm=grad_norm.item(), seconds=round(time.time() - tic, 1), **event)
                 stats = []
-            if done < args.steps and (done % args.save_every == 0 or stopped()):
+            halt = any(gather(stopped()))                                       # Ctrl-C reaches each rank when it likes
+            if done < args.steps and (done % args.save_every == 0 or halt):
                 save_state(run, done, state)
-                if stopped():
+                if halt:
                     fail(f"stopped after step {done}: the same command with --resume goes on from there")
     return finish(args, run, average or model, reference, reward)
 
@@ -353,9 +360,10 @@ def finish(args, run, model, reference, reward):
     model.eval()
     metadata = {"command": command(args), "seed": str(args.seed)} | ({} if args.pairs else {"world": world_hash()})
     if args.lora_rank:
-        save_lora(model, run / "lora.safetensors", metadata)
+        on_rank_0(save_lora)(model, run / "lora.safetensors", metadata)
     else:
-        model.save_pretrained(run / "transformer", metadata, torch.float16 if args.loss == "pretrain" else None)
+        dtype = torch.float16 if args.loss == "pretrain" else None
+        on_rank_0(model.save_pretrained)(run / "transformer", metadata, dtype)
     if args.pairs:
         peak = torch.cuda.max_memory_allocated() if next(model.parameters()).is_cuda else None
         print("" if peak is None else f"peak memory {peak / 1e9:.1f} GB; ", end="")
