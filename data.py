@@ -10,6 +10,7 @@ flaws in the place of twelve text-to-video models, and an oracle that measures V
 alone. Pixels are (B, 3, T, H, W) in [-1, 1]; files hold uint8 (T, H, W, 3).
 """
 import argparse
+import atexit
 import csv
 import difflib
 import hashlib
@@ -28,17 +29,70 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
-from functools import lru_cache
+from datetime import timedelta
+from functools import lru_cache, partialmethod, wraps
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 
 DIMS = ("VQ", "MQ", "TA")    # visual quality, motion quality, text alignment: the columns of every r (B, 3)
+
+
+# ---- several processes, started by torchrun; alone, all of this changes nothing ----
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_ranks():
+    """Join the other processes, on this one's GPU if there are any; only rank 0 prints."""
+    if WORLD == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
+    atexit.register(dist.destroy_process_group)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
+def gather(x):
+    """[x of rank 0, x of rank 1, ..], of anything that can be pickled; all ranks wait for each other."""
+    everyone = [x] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(everyone, x)
+    return everyone
+
+
+def collect(mine):
+    """A list of which each rank made its share, items[RANK::WORLD], whole and in order."""
+    parts = gather(mine)
+    whole = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        whole[rank::WORLD] = part
+    return whole
+
+
+def on_rank_0(function):
+    """The function, called by rank 0 alone; the others wait for it and return what it returned there."""
+    @wraps(function)
+    def call(*args, **kwargs):
+        return gather(None if RANK else function(*args, **kwargs))[0]
+    return call
+
+
+def add_gradients(parameters):
+    """Give every rank the sum of all ranks' gradients: once a step, so that micro-batches cost no messages."""
+    if WORLD > 1:
+        sums = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
+        for s in sums:
+            s.wait()
 
 
 # ---- arguments, run folders, logs: one way for all scripts ----
@@ -139,6 +193,7 @@ def write_json(path, value):
     os.replace(f"{path}.tmp", path)
 
 
+@on_rank_0
 def start_run(args, device="cpu"):
     """Make the run folder args.out and its config.json; returns it. An older run there is renamed and kept, or with
     args.resume gone on with, if it had the same arguments.
@@ -182,6 +237,7 @@ def command(args):
     return shlex.join(words)
 
 
+@on_rank_0
 def log(run, **event):
     """Append one JSON object to the run's log.jsonl."""
     with open(run / "log.jsonl", "a") as file:
@@ -222,6 +278,7 @@ def prefetch(load, keys):
             yield following.result()
 
 
+@on_rank_0
 def save_state(run, step, parts):
     """Write what training needs to go on after step into run/state-<step>-<hash>.pt; the last two are kept.
 
@@ -263,10 +320,16 @@ def load_state(run, parts):
     else:
         step = 0
         print(f"{run} holds no whole state: starting at step 0")
+    cut_log(run, step)
+    return step
+
+
+@on_rank_0
+def cut_log(run, step):
+    """Take the events after step out of the run's log."""
     events = [json.dumps(event) + "\n" for event in read_log(run) if event["step"] <= step]
     Path(run / "log.tmp").write_text("".join(events))
     os.replace(run / "log.tmp", run / "log.jsonl")
-    return step
 
 
 def content_hash(path):
@@ -278,7 +341,7 @@ def content_hash(path):
 def stop_broken(run, **facts):
     """Write the facts of a step whose loss or gradient is not finite to broken.json, and stop: exit status 2."""
     facts = json.loads(json.dumps(facts), parse_constant=str)                   # JSON has no nan
-    write_json(run / "broken.json", facts)
+    on_rank_0(write_json)(run / "broken.json", facts)
     fail(f"step {facts['step']}: loss or gradient is not finite; {run / 'broken.json'} has its rows, t and losses, and "
          "--resume repeats it: look at those rows, or start again with a lower --lr")
 
@@ -708,8 +771,8 @@ def read_pairs(path):
 
     Labels are A, B or same in any case, or another of LABELS; anything else is unlabelled, and how many are is
     printed. Numbers are refused: whether 1 and 0, 1 and 2 or 1 and -1 are meant can't be known. MOS_A_VQ .. MOS_B_TA,
-    where they stand, are Likert points. All rows are checked at once: a missing column, prompt or video ends in one line
-    that names it, and exit status 2.
+    where they stand, are Likert points. All rows are checked at once: a missing column, prompt or video ends in one
+    line that names it, and exit status 2.
     """
     table, folder = read_table(path), Path(path).parent
     if not table:
@@ -768,7 +831,7 @@ def video_info(path):
                 raise ValueError(f"{path} has no video in it")
             stream = container.streams.video[0]
             fps, size = float(stream.average_rate or stream.guessed_rate or 0), (stream.height, stream.width)
-            count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+            count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
     except (av.FFmpegError, OSError, AttributeError) as e:                      # a stream without a codec has no size
         raise ValueError(f"{path} cannot be read as a video: {e}") from None
     if count < 1 or not fps > 0:
@@ -1036,18 +1099,21 @@ def encode(pairs, codec, cache, frames, size, skip_bad=False):
     texts = {p: cache / f"text-{hashlib.sha256(json.dumps([p, names]).encode()).hexdigest()[:32]}.safetensors"
              for p in dict.fromkeys(pairs.prompts)}
     todo_text = [p for p, file in texts.items() if not is_cached(file)]
+    todo, todo_text = gather((todo, todo_text))[0]                              # the same list for all ranks
     print(f"{cache}: {len(videos) - len(todo)} of {len(videos)} videos and {len(texts) - len(todo_text)} of "
           f"{len(texts)} prompts are there; encoding the rest")
-    for i in range(0, len(todo_text), 1024):
-        for p, x in zip(todo_text[i:i + 1024], codec.embed(todo_text[i:i + 1024])):
+    mine = todo_text[RANK::WORLD]
+    for i in range(0, len(mine), 1024):
+        for p, x in zip(mine[i:i + 1024], codec.embed(mine[i:i + 1024])):
             save_cached(x[:int(x.any(1).nonzero().max()) + 1], texts[p])
-    for path, (file, line) in tqdm(todo.items(), desc="videos", disable=not todo):
+    for path, (file, line) in tqdm(list(todo.items())[RANK::WORLD], desc="videos", disable=not todo):
         if path not in bad:
             clip = attempt(path, line, lambda: read_clip(path, frames, size))
             if clip is not None:
                 save_cached(codec.encode(clip[None])[0], file)
     codec.loaded_vae = None
     torch.cuda.is_available() and torch.cuda.empty_cache()
+    bad = {path: e for errors in gather(bad) for path, e in errors.items()}
     good = [i for i, pair in enumerate(pairs.paths) if not bad.keys() & set(pair)]
     if bad:
         first = next(iter(bad.values()))
@@ -1083,6 +1149,7 @@ def check_clip_args(args):
 
 def fill_cache(args):
     """Encode all that a pairs file names."""
+    start_ranks()
     check_clip_args(args)
     check_out(args.cache)
     device = "cuda" if torch.cuda.is_available() else "cpu"

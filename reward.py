@@ -81,9 +81,9 @@ class LatentReward(nn.Module):
         reward.dit.load_state_dict({k: weights[k] for k in own})
         return reward
 
-    def save(self, path, metadata, dtype=torch.float16):
-        """Write the weights, 16 bit by default; the file's metadata says how to build the model again."""
-        save_tensors({k: v.to(dtype) for k, v in self.state_dict().items()}, path,
+    def save(self, folder, metadata):
+        """Write the weights in 16 bit; the file's metadata says how to build the model again."""
+        save_tensors({k: v.half() for k, v in self.state_dict().items()}, folder / "reward.safetensors",
                      {"config": json.dumps(self.config.to_diffusers()), "depth": str(self.depth), **metadata})
 
     @classmethod
@@ -92,7 +92,8 @@ class LatentReward(nn.Module):
         file = find(path, "reward.safetensors") / "reward.safetensors"
         try:
             tensors, metadata = read_tensors(file)
-            check_world(metadata, file)
+            if "world" in metadata:
+                check_world(metadata, file)
             if not {"config", "depth"} <= metadata.keys():
                 raise ValueError(f"{file} does not say how deep a model it is of")
             reward = cls(Config.from_dict(json.loads(metadata["config"])), int(metadata["depth"]))

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (DIMS, FRAMES, HERE, PROMPTS, SIZE, ShapesCodec, WanCodec, attributes, caption_of, check_clip_args,
-                  check_out, check_world, contact_sheet, embed_text, fail, find, launch, oracle, overall, read_json,
-                  read_table, rng, split_of, start_run, to_float, to_uint8, with_overall, write_json, write_video)
+from data import (DIMS, FRAMES, HERE, PROMPTS, RANK, SIZE, WORLD, ShapesCodec, WanCodec, attributes, caption_of,
+                  check_clip_args, check_out, check_world, collect, contact_sheet, embed_text, fail, find, launch,
+                  on_rank_0, oracle, overall, read_json, read_table, rng, split_of, start_ranks, start_run, to_float,
+                  to_uint8, with_overall, write_json, write_video)
 from model import VideoDiT, load_lora, lora_disabled, read_tensors, save_tensors
 from reward import LatentReward, load_reward, score_clean, score_videos
 
@@ -135,16 +136,17 @@ def generate(model, codec, prompts, seed, ts, size=(FRAMES, SIZE, SIZE), cfg_sca
     """Yield (latents (C, T', H', W'), video (3, T, H, W) in [-1, 1]) of each prompt, on the CPU.
 
     size: frames, height, width of the videos; ts: decreasing times from 1 to 0. The i-th noise is a function of
-    (seed, i).
+    (seed, i). Of several ranks each draws its share, prompts[RANK::WORLD].
     """
     device, shape = next(model.parameters()).device, codec.latent_shape(size[0], size[1:])
     distinct = list(dict.fromkeys([*prompts, negative]))
     texts = dict(zip(distinct, codec.embed(distinct)))
     at = lambda x, t: t.to(x).expand(len(x))                                    # one time for the whole batch
-    for i in tqdm(range(0, len(prompts), batch), desc="sampling", leave=False):
-        text = torch.stack([texts[p] for p in prompts[i:i + batch]]).to(device)
+    mine = range(RANK, len(prompts), WORLD)
+    for ids in tqdm([mine[i:i + batch] for i in range(0, len(mine), batch)], desc="sampling", leave=False):
+        text = torch.stack([texts[prompts[i]] for i in ids]).to(device)
         null = texts[negative].to(device).expand_as(text)
-        eps = torch.stack([torch.randn(shape, generator=rng("eval", seed, i + j)) for j in range(len(text))]).to(device)
+        eps = torch.stack([torch.randn(shape, generator=rng("eval", seed, i)) for i in ids]).to(device)
         velocity = lambda x, t: model(x, at(x, t), text)
         if cfg_scale != 1:
             velocity = cfg(velocity, lambda x, t: model(x, at(x, t), null), cfg_scale)
@@ -156,7 +158,8 @@ def generate(model, codec, prompts, seed, ts, size=(FRAMES, SIZE, SIZE), cfg_sca
 
 def toy_videos(model, prompts, seed, steps=16, shift=3.0, **settings):
     """Videos (n, 3, T, H, W) in [-1, 1] of prompts of Shapes world."""
-    return torch.stack([x for _, x in generate(model, ShapesCodec(), prompts, seed, timesteps(steps, shift), **settings)])
+    drawn = generate(model, ShapesCodec(), prompts, seed, timesteps(steps, shift), **settings)
+    return torch.stack(collect([video for _, video in drawn]))
 
 
 # ---- win rates ----
@@ -218,6 +221,7 @@ def evaluate(videos, start, prompts, reward=None):
     return {**result, "look": look(videos), "look_start": look(start), "n": len(prompts)}
 
 
+@on_rank_0
 def report(run, result, prompts, videos, start):
     """Print a result of evaluate; write eval.json, samples.safetensors and samples.png into the run folder."""
     write_json(run / "eval.json", result)
@@ -229,34 +233,52 @@ def report(run, result, prompts, videos, start):
     contact_sheet(run / "samples.png", [[(f"start: {prompt}  {caption_of(score_a)}", a),
                                          (f"{run.name}:  {caption_of(score_b)}", b)]
                                         for prompt, a, score_a, b, score_b in rows])
-    print(table({run.name: result}))
+    print(table({run.name: [result]}))
     if said := hacking(result):
         print(said)
 
 
 def table(results):
-    """Markdown: one row per run and judge, win rates in per cent."""
+    """Markdown of {name: [result of each seed]}: one row per run and judge, win rates in per cent, mean ± spread."""
     names = ("Overall", *DIMS)
     lines = ["| run | judge | " + " | ".join(names) + " | n |", "|---|---|" + "---|" * 5]
-    for run, result in results.items():
+    for run, seeds in results.items():
         for judge, key in (("oracle", "win_rate"), ("reward", "win_rate_reward")):
-            if key in result:
-                rates = " | ".join(f"{100 * result[key][dim]:.1f} %" for dim in names)
-                lines.append(f"| {run} | {judge} | {rates} | {result['n']} |")
+            if key in seeds[0]:
+                rates = " | ".join(spread([100 * result[key][dim] for result in seeds]) + " %" for dim in names)
+                n = seeds[0]["n"] if len(seeds) == 1 else f"{len(seeds)} x {seeds[0]['n']}"
+                lines.append(f"| {run} | {seeds[0].get('judge', judge)} | {rates} | {n} |")
     return "\n".join(lines)
 
 
+def spread(values, digits=1):
+    """'61.2', or of several values their mean and standard deviation, '61.2 ± 0.9'."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
 def compare(runs, out):
-    """Print one table of the runs' win rates; draw their first samples side by side, after the start model's."""
-    folders = [find(run, "eval.json") for run in runs]
+    """Print one table of the runs' win rates; draw their first samples side by side, after the start model's.
+
+    Runs whose arguments differ in nothing but seed and folder are one row, with mean and standard deviation.
+    """
+    folders, groups = [find(run, "eval.json") for run in runs], {}
     try:
-        print(table({folder.name: read_json(folder / "eval.json") for folder in folders}))
-        samples = [read_tensors(folder / "samples.safetensors") for folder in folders]
+        for folder in folders:
+            args = read_json(folder / "config.json")["args"]
+            key = json.dumps({k: v for k, v in args.items() if k not in ("seed", "out", "resume")})
+            groups.setdefault(key, []).append(folder)
+        results = {group[0].name: [read_json(folder / "eval.json") for folder in group] for group in groups.values()}
+        print(table(results))
+        files = [group[0] / "samples.safetensors" for group in groups.values()]
+        if not all(file.exists() for file in files):                            # a Wan's videos are files of their own
+            return
+        samples = [read_tensors(file) for file in files]
     except (ValueError, KeyError) as e:
-        fail(f"--compare takes runs of train_align.py, or of sample.py --eval, on the toy: {e}")
+        fail(f"--compare takes runs with win rates, of train_align.py or sample.py: {e}")
     prompts = json.loads(samples[0][1]["prompts"])
     columns = [("start", samples[0][0]["start"])]
-    columns += [(folder.name, tensors["videos"]) for folder, (tensors, _) in zip(folders, samples)]
+    columns += [(name, tensors["videos"]) for name, (tensors, _) in zip(results, samples)]
     contact_sheet(out, [[(f"{prompt}: {name}" if name == "start" else name, to_float(videos[i]))
                          for name, videos in columns] for i, prompt in enumerate(prompts[:6])], max_frames=4)
     print(f"wrote {out}")
@@ -324,7 +346,7 @@ def read_prompts(args):
     names, last = file_names(args, rows), {}
     for k, name in enumerate(names):
         if last.setdefault(name, k) != k:
-            fail(f"{args.prompts}: two prompts would both be {name}.mp4; leave one out, --n_per_prompt draws more of one")
+            fail(f"{args.prompts}: two prompts would both be {name}.mp4; leave one out")
     return rows
 
 
@@ -360,7 +382,7 @@ def check(args):
         if args.reward and not args.against:
             fail("--reward judges a comparison: add --against base, or another model")
         if shared := args.against and trained_on(args.ckpt) & {row["prompt"].strip() for row in rows}:
-            print(f"{len(shared)} of the prompts are in the pairs that {args.ckpt} was aligned with: win rates flatter it")
+            print(f"{len(shared)} of the prompts are in the pairs that {args.ckpt} saw: win rates on them flatter it")
     if args.lora and not Path(args.lora).is_file():
         fail(f"--lora {args.lora} does not exist")
     check_out(args.out)
@@ -371,6 +393,7 @@ def main(args):
     """Sample, evaluate or compare; returns the result of evaluate, or the names of the files written."""
     if args.compare:
         return compare(args.compare, Path(find(args.compare[-1])).parent / "compare.png")
+    start_ranks()
     rows, toy = check(args)
     device, path = "cuda" if torch.cuda.is_available() else "cpu", args.ckpt or args.model
     dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
@@ -386,7 +409,7 @@ def main(args):
     run, ratios = start_run(args, device), []
     prompts = [row["prompt"] for row in rows for _ in range(args.n_per_prompt)] or eval_prompts(args.eval, args.split)
     settings = dict(codec=codec, prompts=prompts, seed=args.seed, ts=timesteps(args.steps, args.shift),
-                    batch=args.batch, size=(args.frames, *args.size), cfg_scale=args.cfg, negative=args.negative)
+                    size=(args.frames, *args.size), cfg_scale=args.cfg, negative=args.negative, batch=args.batch)
     drawn = generate(model, **settings, reward=guide, rg_scale=args.rg_scale, dim_w=args.dim_w,
                      max_ratio=args.max_ratio, ratios=ratios)
     if args.against == "base":
@@ -396,9 +419,9 @@ def main(args):
         start = lambda: nullcontext(other)
 
     if args.eval:
-        videos = torch.stack([video for _, video in drawn])
+        videos = torch.stack(collect([video for _, video in drawn]))
         with start() as start_model:
-            start_videos = torch.stack([video for _, video in generate(start_model, **settings)])
+            start_videos = torch.stack(collect([video for _, video in generate(start_model, **settings)]))
         result = evaluate(videos, start_videos, prompts)
         report(run, result, prompts, videos, start_videos)
     else:
@@ -410,12 +433,12 @@ def main(args):
                                                           codec.fps, toy)
         if args.reward:
             judge = load_reward(args.reward, template=args.template or None)
-            r, r_start = (judged(judge, folder, names, x, prompts, codec)
+            r, r_start = (on_rank_0(judged)(judge, folder, names, x, prompts, codec)
                           for folder, x in ((run, latents), (run / "start", start_latents)))
             result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "look": looks, "look_start": start_looks,
                       "n": len(prompts)}
-            write_json(run / "eval.json", result)
-            print(table({run.name: result}))
+            on_rank_0(write_json)(run / "eval.json", result)
+            print(table({run.name: [result]}))
             if said := hacking(result):
                 print(said)
     if ratios:
@@ -430,7 +453,7 @@ def write_videos(folder, names, drawn, fps, toy):
     """
     folder.mkdir(exist_ok=True)
     latents, looks, cells = [], [], []
-    for name, (x, video) in zip(names, drawn):
+    for name, (x, video) in zip(names[RANK::WORLD], drawn):
         latents.append(x)
         looks.append(look(video))
         if len(cells) < 12:
@@ -439,9 +462,10 @@ def write_videos(folder, names, drawn, fps, toy):
         if toy:                                                                 # 24 pixels are few to look at
             video = video.repeat_interleave(8, 2).repeat_interleave(8, 3)
         write_video(folder / f"{name}.mp4", video, fps)
-    contact_sheet(folder / "samples.png", cells)
-    print(f"wrote {len(latents)} mp4 and samples.png to {folder}")
-    return torch.stack(latents), {name: round(np.mean([x[name] for x in looks]), 4) for name in looks[0]}
+    on_rank_0(contact_sheet)(folder / "samples.png", collect(cells)[:12])
+    print(f"wrote {len(names)} mp4 and samples.png to {folder}")
+    looks = collect(looks)
+    return torch.stack(collect(latents)), {name: round(np.mean([x[name] for x in looks]), 4) for name in looks[0]}
 
 
 def judged(reward, folder, names, latents, prompts, codec):

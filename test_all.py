@@ -1,12 +1,17 @@
 """Executable specification: what the method, the model and the toy world are, stated as facts. CPU, no network.
 
     pytest test_all.py
+    python test_all.py --bench                                          how fast it is, beside diffusers
+    python test_all.py --bench --preset wan-1.3b --frames 81 --size 480,832 --dtype bf16 --checkpointing
 """
 import contextlib
 import csv
+import importlib.util
 import inspect
 import io
 import json
+import math
+import os
 import re
 import resource
 import shlex
@@ -14,9 +19,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+import tempfile
+import time
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -472,7 +480,7 @@ def test_a_latent_reward_starts_from_the_base_and_survives_its_file(tmp_path):
         r.mean.fill_(0.5)
         r.std.fill_(2.0)
         assert torch.allclose(r.score(x, t, text), (r(x, t, text) - 0.5) / 2)
-        r.save(tmp_path / "reward.safetensors", {"world": data.world_hash()}, dtype=torch.float32)
+        r.half().float().save(tmp_path, {"world": data.world_hash()})             # the file is 16 bit
         assert torch.equal(reward.LatentReward.from_pretrained(tmp_path).score(x, t, text), r.score(x, t, text))
 
 
@@ -715,11 +723,11 @@ def test_interrupted_scoring_goes_on_and_nothing_is_scored_twice(qwen, tmp_path,
 
     def score(paths, prompts, normalise):
         if len(scored) == 2:
-            raise KeyboardInterrupt
+            raise RuntimeError("interrupted")
         scored.append((Path(paths[0]).stem, prompts[0]))
         return reward.VideoReward.score(own, paths, prompts, normalise)
     monkeypatch.setattr(own, "score", score)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError):
         reward.score_videos(own, videos, prompts, cache)
     cache.write_text(cache.read_text() + '{"key": "cut sho')                    # as a power cut would leave it
     scored.pop(), scored.pop()
@@ -774,7 +782,7 @@ def test_a_step_in_parts_is_a_step_in_one(qwen, tmp_path):
 
 def test_the_benchmark_counts_what_is_labelled_and_writes_every_pair(qwen, tmp_path, capsys):
     args = train_reward.Args(eval=str(qwen[0] / "released"), template=str(qwen[0] / "prompt_template.py"), pairs=prefs(qwen, "prefs.csv"),
-                             cache=str(tmp_path / "scores.jsonl"), out=str(tmp_path / "eval"))
+                             cache=str(tmp_path), out=str(tmp_path / "eval"))
     result = train_reward.main(args)
     own = released(qwen)
     better = own.score(clips(qwen, "a", "b"), ["", ""])[:, 0]
@@ -811,6 +819,7 @@ BAD_QWEN = [
     (reward, "--video {clip} --prompt p --ckpt {evil} --template {template}", "model.pth cannot be read"),
     (train_reward, "--model {base}", "with --pairs"),
     (train_reward, "--pairs {prefs}", "--model"),
+    (train_reward, "--model {base} --pairs {prefs} --noisy", "on latents"),
     (train_reward, "--model {base} --pairs {plain} --loss regression", "MOS_A_VQ"),
     (train_reward, "--model {base} --pairs {broken}", "text.mp4 cannot be read as a video"),
     (train_reward, "--eval {released} --template {template}", "with --pairs"),
@@ -906,6 +915,23 @@ def test_rwr_accumulated_over_micro_batches_is_rwr_in_one(runs):
     assert all(torch.allclose(one[k], four[k], atol=1e-5) for k in one)
 
 
+def test_two_processes_give_the_losses_and_videos_of_one(runs, tmp_path):
+    methods = {"dpo": {}, "rwr": dict(loss="rwr", accumulate=2)}
+    one, two = ([align_args(runs, f"{name}_ranks{n}", steps=2, eval_n=5, **changes) for name, changes in methods.items()] for n in (1, 2))
+    for args in one:
+        train_align.main(args)
+    script = tmp_path / "two.py"                                                # both in one torchrun: starting it is most of the time
+    script.write_text("import sys, train_align as t\nfor args in eval(sys.argv[1], vars(t)):\n    t.main(args)\n")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, repr(two)],
+                   env=os.environ | {"PYTHONPATH": str(HERE)}, check=True, capture_output=True)
+    for args in zip(one, two):
+        logs = [json.loads((Path(a.out) / "log.jsonl").read_text()) for a in args]
+        assert all(np.isclose(logs[0][k], logs[1][k], rtol=1e-4) for k in ("loss", "grad_norm"))
+        for file, near in (("lora.safetensors", 1e-5), ("samples.safetensors", 1)):     # weights; pixels of 256 levels
+            a, b = (model_file.read_tensors(Path(a.out) / file)[0] for a in args)
+            assert a.keys() == b.keys() and all((a[k].float() - b[k].float()).abs().max() <= near for k in a)
+
+
 def test_human_labels_decide_by_sign_and_drop_ties():
     pairs = data.toy_pairs(60, "train", 0)
     args = train_align.Args(labels="human", dim_w=(0.0, 1.0, 0.0))
@@ -928,6 +954,7 @@ def test_sample_writes_videos_guides_evaluates_and_compares(runs):
     with contextlib.redirect_stdout(printed):
         sample.main(sample.Args(compare=[str(runs / "nrg"), str(runs / "nrg")]))
     assert printed.getvalue().count("| nrg | oracle |") == 1 and (runs / "compare.png").exists()
+    assert printed.getvalue().count(" ± 0.0 %") == 4 and "| 2 x 18 |" in printed.getvalue()    # one run twice: one row
     scores = reward.main(reward.Args(ckpt=str(runs / "reward"), video=[str(runs / "videos" / "000.mp4")], prompt="a red circle moving left"))
     assert scores.shape == (1, 3)
 
@@ -938,6 +965,31 @@ def test_an_older_run_is_renamed_and_never_overwritten(runs):
     (runs / "again" / "mine.txt").write_text("keep")
     sample.main(args)
     assert (runs / "again.1" / "mine.txt").read_text() == "keep" and not (runs / "again" / "mine.txt").exists()
+
+
+def timeless_log(run):
+    """The events in a run's log without the clock."""
+    return [{k: v for k, v in event.items() if k not in ("time", "seconds")} for event in data.read_log(run)]
+
+
+@pytest.mark.parametrize("name", ["dpo", "pretrain", "reward", "videos", "win rates"])
+def test_the_command_in_config_json_makes_the_same_files_again(name, runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "toy", TINY)
+    small, base = dict(out=str(tmp_path / "run"), steps=2), str(runs / "base")
+    script, args = {
+        "dpo": (train_align, replace(align_args(runs, "", n_pairs=8, batch=4, eval_n=2, eval_steps=1), **small)),
+        "pretrain": (train_align, train_align.Args(loss="pretrain", batch=2, eval_n=2, eval_steps=1, **small)),
+        "reward": (train_reward, train_reward.Args(model=base, depth=1, n_pairs=8, batch=4, n_eval=12, noisy=True, **small)),
+        "videos": (sample, sample.Args(ckpt=base, prompt=[PROMPTS[0], PROMPTS[5]], nrg=str(runs / "noisy"), **small)),
+        "win rates": (sample, sample.Args(ckpt=base, eval=4, nrg=str(runs / "noisy"), dim_w=(0.0, 0.5, 1.0), **small))}[name]
+    script.main(args)
+    command = json.loads((tmp_path / "run/config.json").read_text())["command"]
+    data.launch(script.main, script.Args, script.__doc__, shlex.split(command)[2:])
+    first, again = ({f.relative_to(tmp_path / run): f for f in sorted((tmp_path / run).rglob("*")) if f.is_file()} for run in ("run.1", "run"))
+    assert first.keys() == again.keys() and len(first) > 2
+    for name in first.keys() - {Path("log.jsonl")}:                             # which has the clock in it
+        assert first[name].read_bytes() == again[name].read_bytes(), name
+    assert timeless_log(tmp_path / "run.1") == timeless_log(tmp_path / "run")
 
 
 BAD = [
@@ -1105,8 +1157,7 @@ def main_killed(script, args, step, monkeypatch):
 def result_of(run):
     """What a run leaves: its weights, eval.json, and its log without the clock."""
     files = sorted(f for f in run.rglob("*.safetensors"))
-    events = [{k: v for k, v in e.items() if k not in ("time", "seconds")} for e in data.read_log(run)]
-    return [f.relative_to(run) for f in files], [model_file.read_tensors(f)[0] for f in files], (run / "eval.json").read_text(), events
+    return [f.relative_to(run) for f in files], [model_file.read_tensors(f)[0] for f in files], (run / "eval.json").read_text(), timeless_log(run)
 
 
 def assert_same(a, b):
@@ -1431,6 +1482,21 @@ def test_wan_is_sampled_side_by_side_under_the_names_that_vbench_expects(wan, tm
     assert frames.shape == (5, 32, 48, 3) and fps == 16
 
 
+def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path):
+    train_reward.main(train_reward.Args(noisy=True, model=str(wan), pairs=str(wan / "pairs.csv"), frames=5, size=(32, 48),
+                                        cache=str(wan / "cache"), depth=1, steps=4, batch=2, accumulate=2, lr=1e-3,
+                                        out=str(tmp_path / "noisy")))
+    args = dict(model=str(wan), prompt=["a cat runs"], n_per_prompt=2, frames=5, size=(32, 48), steps=3)
+    sample.main(sample.Args(**args, out=str(tmp_path / "plain")))
+    train_align.main(wan_args(wan, "guided", loss="rwr", labels="reward", reward=str(tmp_path / "noisy"), steps=2))
+    result = sample.main(sample.Args(**{**args, "model": "", "ckpt": str(wan / "guided")}, nrg=str(tmp_path / "noisy"),
+                                     against="base", reward=str(tmp_path / "noisy"), out=str(tmp_path / "out")))
+    assert set(result["win_rate"]) == {*DIMS, "Overall"} and json.loads((tmp_path / "out/eval.json").read_text()) == result
+    plain, guided = (data.read_video(tmp_path / x / "001.mp4")[0] for x in ("plain", "out"))
+    assert not np.array_equal(plain, guided)
+    assert np.array_equal(plain, data.read_video(tmp_path / "out/start/001.mp4")[0])      # the same noise, unguided
+
+
 def test_lora_files_of_diffusers_names_load_too(wan, tmp_path):
     m = add_lora(sample.load_model(wan), 2, 4.0)
     for name, q in m.named_parameters():
@@ -1487,5 +1553,190 @@ def test_the_shipped_weights_are_of_this_world_small_and_good():
     assert all(reward.accuracy_without_ties(pairs.label[:, k], d[:, k]) > 0.65 for k in range(3))
 
 
+# ---- speed: python test_all.py --bench ----
+
+@dataclass
+class Bench:
+    """Time a forward pass, a training step of all weights and a Flow-DPO step (LoRA) beside diffusers' Wan.
+
+    All take turns in one process. The DPO step around diffusers is the usual one: adapters by peft, the reference is
+    the model with them off, winner and loser go through it one after the other.
+    """
+    preset: Literal["small", "toy", "wan-1.3b", "wan-14b"] = "small"  # small: a Wan that two CPU cores can train
+    frames: int = 13                        # of each video; a Wan's is 4k + 1
+    size: tuple = (256, 256)                # height and width of each video
+    batch: int = 1                          # videos; pairs in the DPO step
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the linear maps
+    compile: bool = True                    # measure with compiled blocks too
+    checkpointing: bool = False             # activation checkpointing, each in its own way
+    lora_rank: int = 64                     # of the DPO step
+    steps: list = ("forward", "train", "dpo")  # which to measure
+    rounds: int = 7                         # turns of each after two to warm up; medians are shown
+
+
+SMALL = model_file.Config(dim=384, ffn_dim=2240, text_dim=512, num_heads=3, num_layers=4)       # the ratios of 1.3B
+
+
+def flops(c, shape, words):
+    """(linear maps, attention) of one video's forward pass, a multiply-add being two; norms and the like are left out."""
+    D, patch, S = c.dim, c.in_dim * math.prod(c.patch_size), words
+    L = math.prod(shape) // patch
+    outside = 4 * L * D * patch + 2 * S * D * (c.text_dim + D)                  # patches in and out; the text's embedding
+    block = 2 * D * (6 * L * D + 2 * S * D + 2 * L * c.ffn_dim)                 # q k v o; the text's q o, k v; feed-forward
+    return outside + c.num_layers * block, c.num_layers * 4 * L * (L + S) * D   # scores, and the sums they weigh
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# A backward pass costs its forward pass twice, once for the inputs and once for the weights, which LoRA's frozen ones
+# do not need. DPO: two videos through the policy, there and back, and through the reference. What is computed again
+# because of checkpointing does not count.
+PASSES = {"forward": (1, 1), "train": (3, 3), "dpo": (2 * (2 + 1), 2 * (3 + 1))}    # of (linear maps, attention)
+
+
+def contender(args, step, ours, compiled, weights, config, batch):
+    """(function of no arguments that does the step, bytes that it holds between steps). Weights are shared by all."""
+    from diffusers import WanTransformer3DModel
+    (x0, t, text, eps), dpo, dtype = batch, step == "dpo", DTYPES[args.dtype]
+    with x0.device:
+        m = VideoDiT(config) if ours else WanTransformer3DModel.from_config(config.to_diffusers())
+    if ours:
+        m.load_state_dict(weights, assign=True)
+        velocity = m
+    else:                                                                       # fp32 where its own loader keeps it
+        fp32 = lambda k: any(part in k for part in m._keep_in_fp32_modules)
+        theirs = {model_file.to_diffusers(k): v for k, v in weights.items()}
+        m.load_state_dict({k: v if fp32(k) else v.to(dtype) for k, v in theirs.items()}, assign=True)
+        velocity = lambda xt, t, text: m(xt.to(dtype), 1000 * t, text.to(dtype), return_dict=False)[0]
+    m.train().requires_grad_(not dpo)
+    if dpo and ours:
+        add_lora(m, args.lora_rank, 2.0 * args.lora_rank)
+    elif dpo:
+        from peft import LoraConfig
+        m.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    if args.checkpointing and ours:
+        for block in m.blocks:
+            block.checkpointing = True
+    elif args.checkpointing:
+        m.enable_gradient_checkpointing()
+    if compiled:
+        m.compile_blocks() if ours else m.compile_repeated_blocks(dynamic=False)
+    trained = [p for p in m.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=x0.is_cuda)
+
+    @contextlib.contextmanager
+    def adapters_off():
+        m.disable_adapters()
+        yield
+        m.enable_adapters()
+
+    def errors():
+        """Errors of winner and loser: ours in one batch, the usual recipe one after the other."""
+        if ours:
+            return train_align.errors(m, x0, text, t, eps).unbind(1)
+        return [velocity_error(velocity(mix(x, eps, t), t, text), eps - x) for x in x0.unbind(1)]
+
+    def run():
+        if step == "forward":
+            with torch.no_grad():
+                return velocity(mix(x0[:, 0], eps, t), t, text)
+        if dpo:
+            err = errors()
+            with torch.no_grad(), lora_disabled(m) if ours else adapters_off():
+                err_ref = errors()
+            loss = flow_dpo(*err, *err_ref, 500.0)
+        else:
+            loss = velocity_error(velocity(mix(x0[:, 0], eps, t), t, text), eps - x0[:, 0])
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    held = sum(p.numel() * p.element_size() * (1 + 2 * p.requires_grad * (step != "forward")) for p in m.parameters())
+    return run, held
+
+
+def take_turns(functions, rounds, device):
+    """Seconds (rounds, n) of n functions that take turns, and the most bytes that each added on a GPU (n)."""
+    sync, added = (torch.cuda.synchronize if device == "cuda" else lambda: None), [0] * len(functions)
+    seconds = np.zeros((rounds + 2, len(functions)))
+    for turn in range(rounds + 2):                                              # two to compile and to warm up
+        for i, function in enumerate(functions):
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            sync()
+            tic = time.perf_counter()
+            function()
+            sync()
+            seconds[turn, i] = time.perf_counter() - tic
+            if device == "cuda":
+                added[i] = torch.cuda.max_memory_allocated() - before
+    return seconds[2:], added
+
+
+def bench(args):
+    """Print one Markdown table of args.steps, then what the data path does in a second."""
+    import diffusers
+    device, dtype, toy = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[args.dtype], args.preset == "toy"
+    config, peft = SMALL if args.preset == "small" else PRESETS[args.preset], importlib.util.find_spec("peft")
+    shape = (3, args.frames, *args.size) if toy else (16, (args.frames - 1) // 4 + 1, args.size[0] // 8, args.size[1] // 8)
+    words, n = data.TEXT_LEN if toy else data.WAN_TEXT_LEN, 8192 if device == "cuda" else 2048
+    torch.manual_seed(0)
+    with torch.device(device):
+        m = VideoDiT(config)
+        batch = (torch.randn(args.batch, 2, *shape), torch.rand(args.batch), torch.randn(args.batch, words, config.text_dim),
+                 torch.randn(args.batch, *shape))
+        a, b = torch.randn(2, n, n, dtype=dtype)
+    fp32 = lambda k: any(part in k for part in model_file.FP32_ISLANDS)
+    weights = {k: v if fp32(k) else v.to(dtype) for k, v in m.state_dict().items()}
+    del m
+    tokens = args.batch * math.prod(shape) // (config.in_dim * math.prod(config.patch_size))
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{args.preset}, {args.frames} frames of {args.size[0]} x {args.size[1]}, {tokens:,} tokens, {args.dtype}, {where}, "
+          f"torch {torch.__version__}, diffusers {diffusers.__version__}; medians of {args.rounds} turns\n\n"
+          "| step | model | s | GB | tokens/s | TFLOP/s | of matmul | time / diffusers | time / compiled diffusers |\n" + "|---" * 9 + "|")
+    for step in args.steps:
+        names = [(who, compiled) for compiled in (False, True)[:1 + args.compile] for who in ("ours", "diffusers")
+                 if who == "ours" or step != "dpo" or peft]
+        runs, held = zip(*[contender(args, step, who == "ours", compiled, weights, config, batch) for who, compiled in names])
+        seconds, added = take_turns([*runs, lambda: a @ b], args.rounds, device)
+        median, seen = np.median(seconds, axis=0), tokens * (2 if step == "dpo" else 1)
+        matmul = 2e-12 * n**3 / median[-1]
+        work = 1e-12 * args.batch * np.dot(PASSES[step], flops(config, shape, words))
+        for i, name in enumerate(names):
+            ratios = [f"{np.median(seconds[:, i] / seconds[:, names.index(other)]):.2f}" if other in names else ""
+                      for other in (("diffusers", False), ("diffusers", True))]
+            memory = f"{(held[i] + added[i]) / 1e9:.1f}" if device == "cuda" else ""
+            cells = (step, name[0] + ", compiled" * name[1], f"{median[i]:.3f}", memory, f"{seen / median[i]:,.0f}",
+                     f"{work / median[i]:.3g}", f"{work / median[i] / matmul:.0%}", *ratios)
+            print("| " + " | ".join(cells) + " |", flush=True)
+        if step == "dpo" and not peft:
+            print("| dpo | diffusers needs `pip install peft` |" + " |" * 7)
+        del runs
+        torch.compiler.reset()
+    print(f"\nA matmul of {n} x {n} ran at {matmul:.3g} TFLOP/s, taking turns with the last step's rows.")
+    bench_data(args, device)
+
+
+def bench_data(args, device):
+    """Print how fast pairs of Shapes world are drawn and judged, and videos are decoded and encoded."""
+    from diffusers import AutoencoderKLWan
+
+    def rate(function, n):
+        seconds, _ = take_turns([function], 3, device)
+        return n / np.median(seconds)
+    print(f"Shapes world: {rate(lambda: data.toy_pairs(64, 'train', 0), 64):.0f} pairs/s.", end="")
+    if args.preset != "toy":
+        with tempfile.TemporaryDirectory() as folder:
+            noise = torch.rand(3, 6, *args.size).mul(2).sub(1).repeat_interleave(-(-args.frames // 6), 1)
+            data.write_video(f"{folder}/a.mp4", noise, data.WAN_FPS)
+            clip = data.read_clip(f"{folder}/a.mp4", args.frames, args.size)
+            decode = rate(lambda: data.read_clip(f"{folder}/a.mp4", args.frames, args.size), 1)
+        vae = AutoencoderKLWan().to(device).eval().requires_grad_(False)        # Wan 2.1's sizes, random weights
+        encode = rate(lambda: vae.encode(clip[None].to(device)), 1)
+        print(f" Videos of {args.frames} frames: {decode:.2f}/s decoded and scaled, {encode:.3f}/s through the autoencoder.", end="")
+    print()
+
+
 if __name__ == "__main__":
+    if "--bench" in sys.argv:
+        raise SystemExit(bench(data.parse_args(Bench, Bench.__doc__, [word for word in sys.argv[1:] if word != "--bench"])))
     raise SystemExit(pytest.main([__file__, "-q"]))

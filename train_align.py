@@ -8,7 +8,9 @@
 Without --pairs the model is the toy of Shapes world: pairs come from its renderers, not from the model
 (off-policy, as in the paper), and are relabelled by the reward. With --pairs it is a Wan: videos and prompts are
 encoded once into --cache, and the file's own labels decide unless --labels reward asks a reward. RECIPES holds
-what differs from the paper. --resume goes on with a run that was stopped, exactly where it was.
+what differs from the paper; SYMPTOMS, what is printed when a run goes wrong. --resume goes on with a run that was
+stopped, exactly where it was. Under `torchrun --nproc_per_node 8` each process takes its share of every step's rows,
+and the losses are the same.
 """
 import copy
 import math
@@ -24,10 +26,10 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm, trange
 
-from data import (DIMS, ORACLE_STD, RENDERERS, WanCodec, check_clip_args, check_out, command, ctrl_c, draw_noise,
-                  embed_text, encode, fail, flawed_videos, launch, load_state, log, overall, prefetch, read_log,
-                  read_pairs, render_as, report_pairs, rng, save_state, start_run, step_rows, stop_broken, toy_pairs,
-                  world_hash)
+from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, WanCodec, add_gradients, check_clip_args, check_out,
+                  collect, command, ctrl_c, draw_noise, embed_text, encode, fail, flawed_videos, gather, launch,
+                  load_state, log, on_rank_0, overall, prefetch, read_log, read_pairs, render_as, report_pairs, rng,
+                  save_state, start_ranks, start_run, step_rows, stop_broken, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora
 from reward import VideoReward, load_reward, score_clean, score_videos
@@ -38,6 +40,7 @@ from sample import eval_prompts, evaluate, find_model, load_model, report, toy_v
 RECIPES = {
     #                toy                                    Wan
     "lr":           ({"dpo": 5e-4, "sft": 1e-3, "rwr": 1e-3}, 5e-6),
+    "beta":         (2000.0,                                500.0),
     "lora_rank":    (16,                                    64),
     "lora_alpha":   (32.0,                                  128.0),
     "steps":        (100,                                   None),              # None: one epoch
@@ -62,7 +65,7 @@ class Args:
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     dim_w: tuple = (1.0, 1.0, 1.0)          # weights of VQ, MQ, TA in the overall reward; 0,0,1 aligns TA alone
     n_pairs: int = 2400                     # pairs of Shapes world
-    beta: float = 500.0                     # dpo: KL strength, in units of the per-element MEAN error
+    beta: float | None = None               # dpo: KL strength, in units of the per-element MEAN error
     beta_schedule: Literal["constant", "(1-t)^2", "t^2", "(1-t)/t"] = "constant"  # dpo: beta over time
     tau: float = 1.0                        # rwr: temperature of the weights exp(r / tau)
     lora_rank: int | None = None            # 0 trains all weights against a frozen copy
@@ -124,13 +127,13 @@ def score_pairs(args, pairs, reward):
         try:
             paths = [path for pair in pairs.paths for path in pair]
             prompts = [prompt for prompt in pairs.prompts for _ in "AB"]
-            return score_videos(reward, paths, prompts, f"{args.cache}/scores.jsonl").view(-1, 2, len(DIMS))
+            return on_rank_0(score_videos)(reward, paths, prompts, f"{args.cache}/scores.jsonl").view(-1, 2, len(DIMS))
         except ValueError as e:
             fail(e)
     parts = torch.arange(len(pairs.prompts)).split(256 if pairs.files is None else 1)
     scores = [score_clean(reward, pairs.latents(part).flatten(0, 1), pairs.text(part).repeat_interleave(2, 0))
-              for part in tqdm(parts, desc="scoring", leave=False)]
-    return torch.cat(scores).view(-1, 2, len(DIMS))
+              for part in tqdm(parts[RANK::WORLD], desc="scoring", leave=False)]
+    return torch.cat(collect(scores)).view(-1, 2, len(DIMS))
 
 
 def label_pairs(args, pairs, reward):
@@ -206,6 +209,8 @@ def check(args):
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value[args.loss] if isinstance(value, dict) else value)
+    if args.batch % WORLD:
+        fail(f"--batch {args.batch} cannot be shared out evenly: take a multiple of the {WORLD} processes")
     if len(args.dim_w) != len(DIMS) or not any(args.dim_w):
         fail(f"--dim_w takes {len(DIMS)} numbers, not all zero, for {', '.join(DIMS)}; e.g. --dim_w 0,0,1")
     if args.loss == "rwr" and args.labels == "human":
@@ -246,6 +251,7 @@ def policy_and_reference(args, device):
 
 def main(args):
     """Train, then evaluate the toy on held-out prompts against the start model; returns what eval.json holds."""
+    start_ranks()
     check(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pretrain, reward = args.loss == "pretrain", None
@@ -281,16 +287,19 @@ def main(args):
     state |= {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
     first = load_state(run, state) if args.resume else 0
 
-    def parts(step):
-        """The rows of a step, in the parts that go through the model one after the other."""
-        rows = usable if pretrain else usable[step_rows(len(usable), per_step, args.seed, step)]
-        return rows.chunk(args.accumulate)
+    def rows(step):
+        """The rows of a step, of all ranks."""
+        return usable if pretrain else usable[step_rows(len(usable), per_step, args.seed, step)]
+
+    def parts(values):
+        """This rank's share of a step's rows, or of their weights, in the parts that go through the model in turn."""
+        return values[RANK::WORLD].split(-(-per_step // args.accumulate))
 
     if args.pairs:
         expect_memory(args, model, pairs)
     if args.loss == "dpo":
         print(beta_elsewhere(args.beta, pairs.latents([0])[0, 0].numel()))
-    batches = prefetch(load, ((step, ids) for step in range(first, args.steps) for ids in parts(step)))
+    batches = prefetch(load, ((step, ids) for step in range(first, args.steps) for ids in parts(rows(step))))
     events, tic = read_log(run), time.time()
     with ctrl_c() as stopped:
         for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=args.loss)):
@@ -298,28 +307,26 @@ def main(args):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * learning_rate_scale(args, step)
-            sizes = [len(ids) for ids in parts(step)]
-            weights = [None] * len(sizes)
+            weights = torch.ones(per_step, 2)
             if args.loss == "rwr":                                              # over the whole optimizer batch
-                rewards = r[torch.cat(parts(step))]
-                weights = flow_rwr(torch.ones(rewards.numel()), rewards.flatten(), args.tau).view(-1, 2).to(device)
-                weights = weights.split(sizes)
+                weights = flow_rwr(weights.flatten(), r[rows(step)].flatten(), args.tau).view(-1, 2)
 
             now = []
-            for weight in weights:
-                x0, text, t, eps = (y.to(device) for y in next(batches))
+            for weight in parts(weights):
+                x0, text, t, eps, weight = (y.to(device) for y in (*next(batches), weight))
                 loss, stat = objective(args, model, reference, x0, text, t, eps, weight)
-                (loss.sum() / sum(sizes)).backward()
-                now.append(stat)
+                (loss.sum() / per_step).backward()
+                now += stat.tolist()
+            add_gradients(model.parameters())
             grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            stats.append(torch.cat(now).cpu())
+            stats.append(torch.tensor(collect(now)))                            # in the order of rows(step)
             t, loss = stats[-1][:, :2].T
             if not (loss.isfinite().all() and grad_norm.isfinite()):
                 stats.pop()
                 save_state(run, step, state)                                    # no weight has moved yet
-                rows = [pairs.lines[i] if args.pairs else i for i in torch.cat(parts(step)).tolist()]
+                named = [pairs.lines[i] if args.pairs else i for i in rows(step).tolist()]
                 bar.close()
-                stop_broken(run, step=done, grad_norm=grad_norm.item(), rows=rows, t=t.tolist(), loss=loss.tolist())
+                stop_broken(run, step=done, grad_norm=grad_norm.item(), rows=named, t=t.tolist(), loss=loss.tolist())
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -342,9 +349,10 @@ def main(args):
                     bar.write(f"step {done}: {verdict}")
                 log(run, **event)
                 stats.clear()
-            if done < args.steps and (done % args.save_every == 0 or stopped()):
+            halt = any(gather(stopped()))                                       # Ctrl-C reaches each rank when it likes
+            if done < args.steps and (done % args.save_every == 0 or halt):
                 save_state(run, done, state)
-                if stopped():
+                if halt:
                     bar.close()
                     fail(f"stopped after step {done}: the same command with --resume goes on from there")
     return finish(args, run, average or model, reference, reward)
@@ -419,9 +427,10 @@ def finish(args, run, model, reference, reward):
     model.eval()
     metadata = {"command": command(args), "seed": str(args.seed)} | ({} if args.pairs else {"world": world_hash()})
     if args.lora_rank:
-        save_lora(model, run / "lora.safetensors", metadata)
+        on_rank_0(save_lora)(model, run / "lora.safetensors", metadata)
     else:
-        model.save_pretrained(run / "transformer", metadata, torch.float16 if args.loss == "pretrain" else None)
+        dtype = torch.float16 if args.loss == "pretrain" else None
+        on_rank_0(model.save_pretrained)(run / "transformer", metadata, dtype)
     if args.pairs:
         peak = torch.cuda.max_memory_allocated() if next(model.parameters()).is_cuda else None
         print("" if peak is None else f"peak memory {peak / 1e9:.1f} GB; ", end="")

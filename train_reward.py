@@ -4,7 +4,10 @@
     python train_reward.py --noisy              the reward of noisy latents that guides sampling (Flow-NRG)
     python train_reward.py --loss regression    on Likert points instead of pairs (bt is the third choice)
     python train_reward.py --model Qwen/Qwen2-VL-2B-Instruct --pairs prefs.csv      the paper's VideoReward
+    python train_reward.py --noisy --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --pairs prefs.csv   guidance for Wan
     python train_reward.py --eval KwaiVGI/VideoReward --template prompt_template.py --pairs videogen-rewardbench.csv
+
+--resume goes on with a run that was stopped, exactly where it was.
 
 Prints the accuracy on held-out prompts with and without ties; for the toy also the ceiling that the annotators'
 own noise leaves: the accuracy of the oracle itself against the same labels. Differences from the paper: the toy's
@@ -20,18 +23,20 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
-from data import (DIMS, PROMPTS, check_out, command, ctrl_c, draw_noise, fail, launch, load_state, log, overall,
-                  read_pairs, report_pairs, rng, save_state, split_of, start_run, step_rows, stop_broken, toy_pairs,
-                  with_overall, world_hash, write_json)
+from data import (DIMS, PROMPTS, WanCodec, check_clip_args, check_out, command, ctrl_c, draw_noise, encode, fail,
+                  launch, load_state, log, overall, read_pairs, report_pairs, rng, save_state, split_of, start_run,
+                  step_rows, stop_broken, toy_pairs, with_overall, world_hash, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from reward import (LatentReward, VideoReward, accuracies, check_videos, is_qwen, is_video_reward, load_reward,
                     score_videos)
-from sample import load_model
+from sample import load_model, origin
 
-# What unset flags fall to. Of Qwen2-VL they are the paper's (Table 11), where unset steps make two epochs.
+# What unset flags fall to. Of Qwen2-VL and Wan they are the paper's (Table 11), where unset steps make two epochs;
+# how many blocks the noisy reward of Wan has, the paper doesn't say.
 RECIPES = {
-    "toy":  dict(model="assets/base", lr=1e-3, accumulate=1, steps=2000),
-    "qwen": dict(lr=2e-6, accumulate=32),
+    "toy":  dict(lr=1e-3, batch=32, accumulate=1, steps=2400, depth=2),
+    "wan":  dict(lr=5e-6, batch=144, accumulate=144, depth=8),
+    "qwen": dict(lr=2e-6, batch=32, accumulate=32),
 }
 # VideoReward's accuracies in the paper (Table 2). GenAI-Bench has one label, and TA alone was held against it.
 PAPER = {"VideoGen-RewardBench": {"VQ": (.7566, .5968), "MQ": (.7470, .6603), "TA": (.7220, .5380),
@@ -44,20 +49,23 @@ class Args:
     loss: Literal["btt", "bt", "regression"] | None = None  # unset: btt, or bt with --noisy, as Table 11
     noisy: bool = False                     # train on noisy latents at uniform t, for guidance; else on clean ones
     shared_noise: bool = True               # with --noisy: the same noise for both of a pair, as the paper
-    model: str | None = None                # a Qwen2-VL; or run folder whose first blocks the reward grows from
-    depth: int = 2                          # how many of them
+    model: str = "assets/base"              # a Qwen2-VL, or the DiT whose first blocks the reward grows from
+    depth: int | None = None                # how many of them
     pairs: str | None = None                # CSV or JSONL of labelled pairs of video files; unset: Shapes world
     n_pairs: int = 24000                    # training pairs of Shapes world
     eval: str | None = None                 # evaluate this reward instead; --model: its Qwen2-VL, if moved
     template: str | None = None             # the authors' prompt_template.py; their checkpoint needs it
     reward_token: Literal["special", "last", "mean"] = "special"  # where Qwen2-VL is read; last: Table 6, row III
     steps: int | None = None                # optimizer steps
-    batch: int = 32                         # pairs per step
+    batch: int | None = None                # pairs per step
     accumulate: int | None = None           # parts in which a step's batch goes through the model
     lr: float | None = None                 # Adam; learning_rate_scale says how it moves
     tie: float = 5.0                        # btt: the tie parameter theta
     n_eval: int = 2000                      # held-out pairs of Shapes world
-    cache: str = "runs/scores.jsonl"        # --eval: scores so far, so that an interrupted run goes on
+    frames: int = 81                        # Wan: frames of each video, at 16 per second; 4k + 1
+    size: tuple = (480, 832)                # Wan: height and width, multiples of 16
+    skip_bad: bool = False                  # Wan: leave out pairs whose videos cannot be used
+    cache: str = "runs/cache"               # folder of what is computed once: latents of videos, scores of --eval
     seed: int = 0                           # of pairs, order and noise
     compile: bool = False                   # torch.compile the blocks of a latent reward
     save_every: int = 500                   # steps between the states that --resume starts from
@@ -84,7 +92,7 @@ def pair_scores(args, reward, pairs, rows, step, t=None):
 
 def pair_noise(args, pairs, rows, step, t=None):
     """(t, eps_a, eps_b) of a batch. t (B,): as given, or uniform for a noisy reward and 0 for a clean one."""
-    shape = pairs.videos.shape[2:]
+    shape = pairs.latents(rows[:1]).shape[2:]
     drawn, eps_a = draw_noise(shape, args.seed, step, rows.tolist())
     eps_b = eps_a if args.shared_noise else draw_noise(shape, args.seed + 1, step, rows.tolist())[1]
     t = drawn if t is None and args.noisy else torch.full_like(drawn, t or 0.0)
@@ -114,47 +122,62 @@ def pair_loss(args, r, target):
     return masked_mean(btt(d, target, args.tie) if args.loss == "btt" else bt(d, target), target)
 
 
-def learning_rate_scale(args, step, qwen):
-    """Of Qwen2-VL: constant after a warm-up over 5 % of the steps. Of the toy: 50 steps of it, then linearly to 0."""
-    return min(1, (step + 1) / (0.05 * args.steps)) if qwen else min((step + 1) / 50, (args.steps - step) / args.steps)
+def learning_rate_scale(args, step, kind):
+    """Linear warm-up over 5 % of the steps, then constant; of the toy: over 50 steps, then linearly to 0."""
+    if kind == "toy":
+        return min((step + 1) / 50, (args.steps - step) / args.steps)
+    return min(1, (step + 1) / (0.05 * args.steps))
 
 
 def check(args):
-    """Fill unset flags and refuse what can't work, before a model is loaded: (pairs of the file or None, Qwen2-VL?)."""
+    """(pairs of the file or None, kind of reward): fill unset flags, refuse what can't work before a model loads."""
     args.loss = args.loss or ("bt" if args.noisy else "btt")
     args.out = args.out or ("runs/eval" if args.eval else "runs/noisy" if args.noisy else "runs/reward")
     if args.tie <= 1:
         fail(f"--tie {args.tie} leaves no room for ties: it must be above 1 (the paper takes 5)")
     check_out(args.out)
     try:
-        qwen = is_video_reward(args.eval) if args.eval else args.model is not None and is_qwen(args.model)
-        if qwen != bool(args.pairs):
-            fail("a Qwen2-VL reward learns and is measured on video files: name their CSV or JSONL with --pairs" if qwen
-                 else "--pairs is for a Qwen2-VL reward: train one with --model or measure one with --eval")
-        pairs = read_pairs(args.pairs) if qwen else None
-        if qwen:
+        if args.eval:
+            kind = "qwen" if is_video_reward(args.eval) else "toy"
+        else:
+            kind = "qwen" if is_qwen(args.model) else "toy" if origin(args.model)[1] else "wan"
+        if (kind != "toy") != bool(args.pairs):
+            fail("Shapes world makes its own pairs: leave --pairs out, or name a Qwen2-VL or Wan with --model"
+                 if args.pairs else "this reward learns and is measured on video files: name their CSV with --pairs")
+        if kind == "qwen" and args.noisy:
+            fail("--noisy trains a reward on latents and a Qwen2-VL reads pixels: leave one of them out")
+        pairs = read_pairs(args.pairs) if args.pairs else None
+        if kind == "qwen":
             check_videos(path for pair in pairs.paths for path in pair)
     except ValueError as e:
         fail(e)
+    if kind == "wan":
+        check_clip_args(args)
     if not args.eval:
-        for name, value in RECIPES["qwen" if qwen else "toy"].items():
+        for name, value in RECIPES[kind].items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
         args.steps = args.steps or max(1, 2 * len(pairs.prompts) // args.batch)
     if pairs and not args.eval and targets(args, pairs).isnan().all():
         columns = "MOS_A_VQ .. MOS_B_TA" if args.loss == "regression" else "VQ, MQ, TA"
         fail(f"{args.pairs} labels no pair for --loss {args.loss}: it needs columns {columns}")
-    return pairs, qwen
+    return pairs, kind
 
 
 def main(args):
     """Train, normalise on validation prompts, evaluate on held-out ones; returns what eval.json holds."""
-    pairs, qwen = check(args)
+    pairs, kind = check(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.eval:
-        return benchmark(args, load_reward(args.eval, args.model, args.template).to(device), pairs)
-    if qwen:
+        moved = args.model if kind == "qwen" and args.model != Args.model else None
+        return benchmark(args, load_reward(args.eval, moved, args.template).to(device), pairs)
+    if kind == "wan":
+        pairs = encode(pairs, WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
+    if kind == "toy":
+        pairs, train_rows = toy_pairs(args.n_pairs, "train", args.seed), torch.arange(args.n_pairs)
+    else:
         train_rows, val_rows = split_prompts(args, pairs)
+    if kind == "qwen":
         torch.manual_seed(args.seed)
         reward = VideoReward.from_base(args.model, args.reward_token, args.template).trainable().to(device)
     else:
@@ -163,13 +186,14 @@ def main(args):
             fail(f"--depth {args.depth}: {args.model} has {model.config.num_layers} blocks")
         torch.manual_seed(args.seed)
         reward = LatentReward.from_base(model, args.depth).to(device)
-        pairs, train_rows = toy_pairs(args.n_pairs, "train", args.seed), torch.arange(args.n_pairs)
+        for block in reward.dit.blocks:
+            block.checkpointing = kind == "wan"
+        if args.compile:
+            reward.dit.compile_blocks()
     run = start_run(args, device)
-    held_out = [pairs.prompts[i] for i in val_rows] if qwen else [p for p in PROMPTS if split_of(p) == "eval"]
+    held_out = [p for p in PROMPTS if split_of(p) == "eval"] if kind == "toy" else [pairs.prompts[i] for i in val_rows]
     report_pairs(pairs.subset(train_rows), held_out)
-    metadata = {"command": command(args), "seed": str(args.seed), "world": world_hash()}
-    if args.compile and not qwen:
-        reward.dit.compile_blocks()
+    metadata = {"command": command(args), "seed": str(args.seed)} | ({"world": world_hash()} if kind == "toy" else {})
     optimizer = torch.optim.Adam([p for p in reward.parameters() if p.requires_grad], lr=args.lr)
     target, history = targets(args, pairs), []
     state = {"reward": reward, "optimizer": optimizer, "history": history}
@@ -177,11 +201,12 @@ def main(args):
 
     with ctrl_c() as stopped:
         for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=f"reward {args.loss}")):
-            optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(args, step, qwen)
+            optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(args, step, kind)
             rows = train_rows[step_rows(len(train_rows), args.batch, args.seed, step)]
             labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0.0
             for part in rows.chunk(args.accumulate):
-                r = pair_scores(args, reward, pairs, part, step)
+                with torch.autocast(device, torch.bfloat16, enabled=kind == "wan"):
+                    r = pair_scores(args, reward, pairs, part, step).float()
                 share = (~target[part].isnan()).sum() / labelled                # so that parts add up to the whole mean
                 part_loss = share.to(device) * pair_loss(args, r, target[part].to(device))
                 part_loss.backward()
@@ -189,8 +214,8 @@ def main(args):
             norm = clip_grad_norm_(reward.parameters(), 1.0)
             if not math.isfinite(loss + norm.item()):
                 save_state(run, step, state)                                    # no weight has moved yet
-                named = [pairs.lines[i] if qwen else i for i in rows.tolist()]
-                times = None if qwen else pair_noise(args, pairs, rows, step)[0].tolist()
+                named = [pairs.lines[i] if args.pairs else i for i in rows.tolist()]
+                times = None if kind == "qwen" else pair_noise(args, pairs, rows, step)[0].tolist()
                 bar.close()
                 stop_broken(run, step=step + 1, grad_norm=norm.item(), rows=named, t=times, loss=loss)
             optimizer.step()
@@ -207,17 +232,18 @@ def main(args):
                     fail(f"stopped after step {step + 1}: the same command with --resume goes on from there")
 
     reward.eval()
-    val = pairs if qwen else toy_pairs(args.n_eval, "val", args.seed)
-    r = score_pairs(args, reward, val, val_rows if qwen else torch.arange(args.n_eval))
+    val, val_rows = (toy_pairs(args.n_eval, "val", args.seed), torch.arange(args.n_eval)) if kind == "toy" else (
+        pairs, val_rows)
+    r = score_pairs(args, reward, val, val_rows)
     reward.mean.copy_(r.flatten(0, 1).mean(0))
     reward.std.copy_(r.flatten(0, 1).std(0))
-    if qwen:                                    # measured on the same prompts: the constants only weigh Overall
-        reward.save(run, metadata)
-        result = {"n": len(val_rows), "reward": pair_accuracies(val.label[val_rows], reward.normalised(r))}
-        print_accuracies({"reward": result["reward"]})
-    else:
-        reward.save(run / "reward.safetensors", metadata)
+    reward.save(run, metadata)
+    if kind == "toy":
         result = evaluate_toy(args, reward)
+    else:                                       # measured on the same prompts: the constants only weigh Overall
+        r = (r - reward.mean.cpu()) / reward.std.cpu()
+        result = {"n": len(val_rows), "reward": pair_accuracies(val.label[val_rows], r)}
+        print_accuracies({"reward": result["reward"]})
     result |= {"loss_first": history[0], "loss_last": recent}
     write_json(run / "eval.json", result)
     return result
@@ -256,11 +282,13 @@ def evaluate_toy(args, reward):
 def benchmark(args, reward, pairs):
     """Measure a trained reward, on a pairs file beside the paper's row or on the toy; returns what eval.json holds."""
     if isinstance(reward, LatentReward):
+        if reward.config.in_dim != 3:
+            fail(f"{args.eval} judges latents of Wan: how good it is stands in its eval.json")
         result = evaluate_toy(args, reward)
     else:
         paths, prompts = [p for pair in pairs.paths for p in pair], [p for p in pairs.prompts for _ in "AB"]
         try:
-            r = score_videos(reward, paths, prompts, args.cache).view(-1, 2, len(DIMS))
+            r = score_videos(reward, paths, prompts, f"{args.cache}/scores.jsonl").view(-1, 2, len(DIMS))
         except ValueError as e:
             fail(e)
         result = {"n": len(pairs.prompts), "reward": pair_accuracies(pairs.label, r)}
