@@ -1497,6 +1497,16 @@ def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path):
     assert np.array_equal(plain, data.read_video(tmp_path / "out/start/001.mp4")[0])      # the same noise, unguided
 
 
+def test_videoreward_labels_the_pairs_of_a_wan_and_judges_what_it_draws(wan, qwen, tmp_path, capsys):
+    judge = dict(reward=str(qwen[0] / "released"), template=str(qwen[0] / "prompt_template.py"))
+    train_align.main(wan_args(wan, "judged", loss="rwr", labels="reward", steps=2, **judge))
+    assert "3 of 3 pairs labelled by reward" in capsys.readouterr().out
+    assert len((wan / "cache/scores.jsonl").read_text().split()) >= 5           # of 5 distinct videos and prompts
+    result = sample.main(sample.Args(ckpt=str(wan / "judged"), prompt=["a dog runs"], n_per_prompt=2, frames=5, size=(32, 48),
+                                     steps=2, against="base", out=str(tmp_path / "out"), **judge))
+    assert result["n"] == 2 and result["judge"] == judge["reward"]
+
+
 def test_lora_files_of_diffusers_names_load_too(wan, tmp_path):
     m = add_lora(sample.load_model(wan), 2, 4.0)
     for name, q in m.named_parameters():
