@@ -168,6 +168,13 @@ def find(path, *names):
     return found
 
 
+def check_counts(args, *names):
+    """Refuse a number below 1 of the flags that count something."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)}: give a whole number above 0")
+
+
 def check_out(out):
     """Refuse an --out that cannot become a folder, before any work is done."""
     parent = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())

@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from data import (DIMS, FRAMES, HERE, PROMPTS, RANK, SIZE, WORLD, ShapesCodec, WanCodec, attributes, caption_of,
-                  check_clip_args, check_out, check_world, collect, contact_sheet, embed_text, fail, find, launch,
-                  on_rank_0, oracle, overall, read_json, read_table, rng, split_of, start_ranks, start_run, to_float,
-                  to_uint8, with_overall, write_json, write_video)
+                  check_clip_args, check_counts, check_out, check_world, collect, contact_sheet, embed_text, fail,
+                  find, launch, on_rank_0, oracle, overall, read_json, read_table, rng, split_of, start_ranks,
+                  start_run, to_float, to_uint8, with_overall, write_json, write_video)
 from model import VideoDiT, load_lora, lora_disabled, read_tensors, save_tensors
 from reward import LatentReward, load_reward, score_clean, score_videos
 
@@ -362,6 +362,7 @@ def check(args):
     """(rows of prompts, whether the model is the toy): fill unset flags, refuse what cannot work before loading it."""
     if not (args.prompt or args.prompts or args.eval):
         fail(f"nothing to draw: give --prompt \"{PROMPTS[0]}\", --prompts FILE, --eval 512 or --compare RUN RUN")
+    check_counts(args, "n_per_prompt", "steps", "batch")
     if len(args.dim_w) != len(DIMS):
         fail(f"--dim_w takes {len(DIMS)} numbers, for {', '.join(DIMS)}; e.g. --dim_w 0.5,0.5,0")
     toy = origin(args.ckpt or args.model)[1]

@@ -1016,6 +1016,8 @@ BAD = [
     (sample, "--prompts {twice}", "two prompts would both be"),
     (sample, "--prompts {blank}", "row 3 has no prompt"),
     (train_align, "--steps 0", "above 0"),
+    (train_reward, "--save_every 0", "above 0"),
+    (sample, "--prompt p --n_per_prompt 0", "above 0"),
     (train_align, "--model {other} --out {other}", "is the model itself"),
     (train_align, "--model {pickle}", "cannot be read as safetensors"),
     (train_align, "--model {layers}", "num_layers = 0 in config.json makes no model"),

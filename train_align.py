@@ -26,10 +26,10 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm, trange
 
-from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, WanCodec, add_gradients, check_clip_args, check_out,
-                  collect, command, ctrl_c, draw_noise, embed_text, encode, fail, flawed_videos, gather, launch,
-                  load_state, log, on_rank_0, overall, prefetch, read_log, read_pairs, render_as, report_pairs, rng,
-                  save_state, start_ranks, start_run, step_rows, stop_broken, toy_pairs, world_hash)
+from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, WanCodec, add_gradients, check_clip_args, check_counts,
+                  check_out, collect, command, ctrl_c, draw_noise, embed_text, encode, fail, flawed_videos, gather,
+                  launch, load_state, log, on_rank_0, overall, prefetch, read_log, read_pairs, render_as, report_pairs,
+                  rng, save_state, start_ranks, start_run, step_rows, stop_broken, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora
 from reward import VideoReward, load_reward, score_clean, score_videos
@@ -211,6 +211,7 @@ def check(args):
             setattr(args, name, value[args.loss] if isinstance(value, dict) else value)
     if args.batch % WORLD:
         fail(f"--batch {args.batch} cannot be shared out evenly: take a multiple of the {WORLD} processes")
+    check_counts(args, "n_pairs", "steps", "batch", "accumulate", "save_every", "eval_n", "eval_steps")
     if len(args.dim_w) != len(DIMS) or not any(args.dim_w):
         fail(f"--dim_w takes {len(DIMS)} numbers, not all zero, for {', '.join(DIMS)}; e.g. --dim_w 0,0,1")
     if args.loss == "rwr" and args.labels == "human":
@@ -229,9 +230,6 @@ def check(args):
             load_model(args.model)
             if args.labels == "reward":
                 load_reward(args.reward)
-    for name in ("steps", "batch", "accumulate", "save_every", "frames"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)}: give a whole number above 0")
     check_out(args.out)
 
 

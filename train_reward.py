@@ -23,9 +23,9 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
-from data import (DIMS, PROMPTS, WanCodec, check_clip_args, check_out, command, ctrl_c, draw_noise, encode, fail,
-                  launch, load_state, log, overall, read_pairs, report_pairs, rng, save_state, split_of, start_run,
-                  step_rows, stop_broken, toy_pairs, with_overall, world_hash, write_json)
+from data import (DIMS, PROMPTS, WanCodec, check_clip_args, check_counts, check_out, command, ctrl_c, draw_noise,
+                  encode, fail, launch, load_state, log, overall, read_pairs, report_pairs, rng, save_state, split_of,
+                  start_run, step_rows, stop_broken, toy_pairs, with_overall, world_hash, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from reward import (LatentReward, VideoReward, accuracies, check_videos, is_qwen, is_video_reward, load_reward,
                     score_videos)
@@ -135,6 +135,7 @@ def check(args):
     args.out = args.out or ("runs/eval" if args.eval else "runs/noisy" if args.noisy else "runs/reward")
     if args.tie <= 1:
         fail(f"--tie {args.tie} leaves no room for ties: it must be above 1 (the paper takes 5)")
+    check_counts(args, "n_pairs", "steps", "batch", "accumulate", "save_every", "n_eval")
     check_out(args.out)
     try:
         if args.eval:
