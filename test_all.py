@@ -302,11 +302,10 @@ def test_cfg_interpolates_and_extrapolates():
 
 
 def test_sampling_is_a_function_of_seed_and_index():
-    m = random_model()
-    a = sample.generate(m, PROMPTS[:3], seed=1, steps=2, batch=3)
-    assert torch.equal(a, sample.generate(m, PROMPTS[:3], seed=1, steps=2, batch=3))
-    assert torch.allclose(a, sample.generate(m, PROMPTS[:3], seed=1, steps=2, batch=2), atol=1e-5)
-    assert (a - sample.generate(m, PROMPTS[:3], seed=2, steps=2, batch=3)).abs().max() > 0.1
+    videos = lambda seed, batch: sample.toy_videos(random_model(), PROMPTS[:3], seed, steps=2, batch=batch)
+    a = videos(1, 3)
+    assert torch.equal(a, videos(1, 3)) and torch.allclose(a, videos(1, 2), atol=1e-5)
+    assert (a - videos(2, 3)).abs().max() > 0.1
 
 
 def test_win_rate_drops_exact_ties():
@@ -1551,8 +1550,8 @@ def test_the_shipped_weights_are_of_this_world_small_and_good():
         metadata = model_file.read_tensors(f)[1]
         assert metadata["world"] == data.world_hash() and metadata["command"].startswith("python train_") and metadata["seed"] == "0"
     prompts = sample.eval_prompts(36)
-    default = sample.Args()
-    videos = sample.generate(sample.load_model("assets/base"), prompts, 0, default.steps, default.shift, default.cfg)
+    steps, shift, scale = (sample.RECIPES[name][0] for name in ("steps", "shift", "cfg"))
+    videos = sample.toy_videos(sample.load_model("assets/base"), prompts, 0, steps, shift, cfg_scale=scale)
     g = rng(0)
     mixed, captions, _ = data.flawed_videos(500, None, g)
     share = oracle(videos, prompts).mean(0) / oracle(mixed, captions).mean(0)
