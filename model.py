@@ -108,8 +108,9 @@ def rotary(grid, head_dim, device):
 
 
 def rotate(x, cos, sin):
-    """x (B, heads, L, head_dim) with each neighbouring pair of channels turned by its angle; dtype of x."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    """x (B, L, heads, head_dim) with each neighbouring pair of channels turned by its angle; dtype of x."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                           # (B, L, heads, head_dim / 2) each
+    cos, sin = cos[:, None], sin[:, None]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
 
 
@@ -142,11 +143,12 @@ class Attention(nn.Module):
     def forward(self, x, context=None, rope=None):
         """(B, L, D) from x (B, L, D) and, across, context (B, S, D). As in Wan, zero-padded text is not masked."""
         context = x if context is None else context
-        heads = lambda y: y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)   # (B, heads, L, head_dim)
+        heads = lambda y: y.unflatten(2, (self.num_heads, -1))                   # (B, L, heads, head_dim)
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
         q, k, v = heads(q.type_as(v)), heads(k.type_as(v)), heads(v)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                         # views: what was rotated is contiguous
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

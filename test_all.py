@@ -196,7 +196,7 @@ def test_patches_come_back_where_they_were():
 def test_rotary_positions_are_relative():
     cos, sin = rotary((6, 6, 6), 24, torch.device("cpu"))
     q, k = torch.randn(2, 24, dtype=torch.float64)
-    at = lambda y, f, h, w: rotate(y[None, None, None].float(), cos[f * 36 + h * 6 + w], sin[f * 36 + h * 6 + w]).flatten()
+    at = lambda y, f, h, w: rotate(y[None, None, None].float(), *(x[[f * 36 + h * 6 + w]] for x in (cos, sin))).flatten()
     for axis in range(3):
         place = lambda n: [1 + n * (axis == i) for i in range(3)]
         near, moved, further = (at(q, *place(i)) @ at(k, *place(j)) for i, j in ((0, 2), (1, 3), (0, 3)))

@@ -269,6 +269,7 @@ def main(args):
         if args.labels == "reward":
             reward = load_reward(args.reward, template=args.template or None).to(device)
         usable, order, r = label_pairs(args, pairs, reward)
+        reward = None if args.pairs else reward                                 # a Wan needs its memory
         load = partial(pair_batch, args, pairs, order)
         per_step = 2 * args.batch if args.loss == "sft" else args.batch         # all see 2 x batch videos a step
         args.steps = args.steps or -(-len(usable) // per_step)                  # one epoch
