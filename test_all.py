@@ -1010,7 +1010,7 @@ BAD = [
     (sample, "--prompt 'a dog'", "not a prompt of Shapes world"),
     (sample, "--ckpt runs/nowhere --eval 4", "does not exist"),
     (sample, "--compare {empty}", "holds no eval.json"),
-    (sample, "--compare {reward}", "takes runs of train_align.py"),
+    (sample, "--compare {broken}", "takes runs with win rates"),
     (sample, "--prompts gone.csv", "gone.csv"),
     (sample, "--prompts {twice}", "two prompts would both be"),
     (sample, "--prompts {blank}", "row 3 has no prompt"),
@@ -1046,6 +1046,7 @@ def test_bad_input_ends_in_one_line_and_status_2(script, argv, says, tmp_path, r
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text('{"args": ')
+    (tmp_path / "broken/eval.json").write_text("{}")
     (tmp_path / "twice").write_text(f"prompt\n{PROMPTS[0]}\n{PROMPTS[0]}\n")
     (tmp_path / "blank").write_text(f"prompt,x\n{PROMPTS[0]},1\n ,2\n")
     for name in ("other", "cut", "world", "pickle", "layers"):
