@@ -26,9 +26,9 @@ from tqdm import tqdm, trange
 from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, WanCodec, add_gradients, check_clip_args, check_out,
                   collect, command, ctrl_c, draw_noise, embed_text, encode, fail, find, flawed_videos, gather,
                   load_state, log, on_rank_0, overall, parse_args, prefetch, read_pairs, render_as, rng, save_state,
-                  start_ranks, start_run, step_rows, toy_pairs, world_hash)
+                  shard, start_ranks, start_run, step_rows, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
-from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora
+from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora, whole
 from reward import VideoReward, load_reward, score_clean, score_videos
 from sample import eval_prompts, evaluate, find_model, load_model, report, toy_videos
 
@@ -76,6 +76,7 @@ class Args:
     dtype: Literal["fp32", "bf16"] | None = None  # of the linear maps; norms, time, head and adapters are fp32
     checkpointing: bool | None = None       # activation checkpointing; unset: for a Wan
     compile: bool | None = None             # torch.compile the blocks; unset: for a Wan on CUDA
+    shard: bool = False                     # torchrun: split the weights over the GPUs (FSDP2), for what does not fit
     frames: int = 81                        # Wan: frames of each video, at 16 per second; 4k + 1
     size: tuple = (480, 832)                # Wan: height and width, multiples of 16
     cache: str = "runs/cache"               # Wan: folder of the encoded videos and prompts
@@ -205,6 +206,8 @@ def check(args):
             setattr(args, name, value[args.loss] if isinstance(value, dict) else value)
     if args.batch % WORLD:
         fail(f"--batch {args.batch} cannot be shared out evenly: take a multiple of the {WORLD} processes")
+    if args.shard and (WORLD == 1 or not wan or not args.lora_rank or args.ema or args.resume):
+        fail("--shard is for LoRA on a Wan under torchrun, and works without --ema and --resume")
     if len(args.dim_w) != len(DIMS) or not any(args.dim_w):
         fail(f"--dim_w takes {len(DIMS)} numbers, not all zero, for {', '.join(DIMS)}; e.g. --dim_w 0,0,1")
     if args.loss == "rwr" and args.labels == "human":
@@ -229,7 +232,8 @@ def policy_and_reference(args, device):
     """
     if args.loss == "pretrain":
         return VideoDiT(PRESETS["toy"]).to(device), None
-    start = load_model(args.model, torch.float32 if args.dtype == "fp32" else torch.bfloat16).to(device)
+    start = load_model(args.model, torch.float32 if args.dtype == "fp32" else torch.bfloat16)
+    start = start if args.shard else start.to(device)                           # sharding moves it, block by block
     if args.lora_rank:
         add_lora(start, args.lora_rank, args.lora_alpha)
         return start, lambda: lora_disabled(start)
@@ -248,7 +252,7 @@ def main(args):
     if args.pairs:
         pairs = encode(pairs, WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
     elif not pretrain:
-        pairs = toy_pairs(args.n_pairs, "train", args.seed)
+        pairs = toy_pairs(args.n_pairs, "train", args.seed, judge=args.labels != "reward")
     if pretrain:
         load, per_step = partial(mixture_batch, args), 2 * args.batch
         usable = torch.arange(per_step)
@@ -263,6 +267,8 @@ def main(args):
     model, reference = policy_and_reference(args, device)
     for block in model.blocks:
         block.checkpointing = args.checkpointing
+    if args.shard:
+        shard(model)
     if args.compile:
         model.compile_blocks()
     average = copy.deepcopy(model) if args.ema else None
@@ -294,9 +300,10 @@ def main(args):
             for weight in parts(weights):
                 x0, text, t, eps, weight = (y.to(device) for y in (*next(batches), weight))
                 loss, stat = objective(args, model, reference, x0, text, t, eps, weight)
-                (loss.sum() / per_step).backward()
+                (loss.sum() / per_step * (WORLD if args.shard else 1)).backward()
                 stats.append(stat)
-            add_gradients(model.parameters())
+            if not args.shard:                                                  # else they are in place, as a mean
+                add_gradients(model.parameters())
             grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
             for optimizer in optimizers:
                 optimizer.step()
@@ -315,11 +322,12 @@ def main(args):
                 event = summary(torch.cat(gather(torch.cat(stats).cpu())))
                 shown = [k for k in ("loss", "implicit_acc", "gap_w", "gap_l") if k in event]
                 bar.set_postfix({k: f"{event[k]:.4f}" for k in shown})
-                log(run, step=done, grad_norm=grad_norm.item(), seconds=round(time.time() - tic, 1), **event)
+                log(run, step=done, grad_norm=float(whole(grad_norm)), seconds=round(time.time() - tic, 1), **event)
                 stats = []
             halt = any(gather(stopped()))                                       # Ctrl-C reaches each rank when it likes
             if done < args.steps and (done % args.save_every == 0 or halt):
-                save_state(run, done, state)
+                if not args.shard:
+                    save_state(run, done, state)
                 if halt:
                     fail(f"stopped after step {done}: the same command with --resume goes on from there")
     return finish(args, run, average or model, reference, reward)
@@ -331,6 +339,8 @@ def expect_memory(args, model, pairs):
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = bytes_of(model.parameters()) * (1 if args.lora_rank else 2)       # the frozen copy
     optimizer = bytes_of(trained, 8 if not args.ema else 12)                    # gradient, two moments, average
+    if args.shard:
+        weights, optimizer = weights / WORLD, optimizer / WORLD
     shape = pairs.latents([0]).shape[3:]
     tokens = 2 * -(-args.batch // args.accumulate) * math.prod(n // p for n, p in zip(shape, c.patch_size))
     width = 2 if args.dtype == "bf16" else 4
@@ -359,7 +369,7 @@ def finish(args, run, model, reference, reward):
     model.eval()
     metadata = {"command": command(args), "seed": str(args.seed)} | ({} if args.pairs else {"world": world_hash()})
     if args.lora_rank:
-        on_rank_0(save_lora)(model, run / "lora.safetensors", metadata)
+        save_lora(model, run / "lora.safetensors", metadata)
     else:
         dtype = torch.float16 if args.loss == "pretrain" else None
         on_rank_0(model.save_pretrained)(run / "transformer", metadata, dtype)
