@@ -15,7 +15,6 @@ import csv
 import difflib
 import hashlib
 import inspect
-import io
 import json
 import os
 import re
@@ -109,7 +108,7 @@ def shard(model):
 
 def fail(message):
     """Say in one line what is wrong and how to mend it, and leave with exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *str(message).splitlines(), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -152,6 +151,14 @@ def parse_args(cls, doc, argv=None):
     return cls(**vars(args))
 
 
+def launch(main, cls, doc, argv=None):
+    """Run main with the arguments of the command line. A file or disk that fails ends in one line, exit status 2."""
+    try:
+        return main(parse_args(cls, doc, argv))
+    except OSError as e:
+        fail(e)
+
+
 def numbers(text):
     """'0.5,0.5,0' as a tuple of numbers."""
     return tuple(int(x) if x.strip().isdigit() else float(x) for x in text.split(","))
@@ -170,12 +177,30 @@ def find(path, *names):
     return found
 
 
+def check_counts(args, *names):
+    """Refuse a number below 1 of the flags that count something."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)}: give a whole number above 0")
+
+
 def check_out(out):
     """Refuse an --out that cannot become a folder, before any work is done."""
     parent = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         why = "read-only" if parent.is_dir() else "a file"
         fail(f"--out {out} cannot be written ({parent} is {why}): name another folder")
+
+
+def read_json(path):
+    """The object in a JSON file. ValueError names a file that holds none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} cannot be read as JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
 
 
 def write_json(path, value):
@@ -191,7 +216,10 @@ def start_run(args, device="cpu"):
     """
     run = Path(args.out)
     if getattr(args, "resume", False) and (run / "config.json").exists():
-        own = json.loads((run / "config.json").read_text())["args"] | {"resume": True}
+        try:
+            own = (read_json(run / "config.json").get("args") or {}) | {"resume": True}
+        except ValueError as e:
+            fail(e)
         now = json.loads(json.dumps(asdict(args)))
         if other := [f"--{k} was {own.get(k)}, not {v}" for k, v in now.items() if own.get(k) != v]:
             fail(f"--resume: {run} was made by another command ({'; '.join(other[:3])}): give the same arguments")
@@ -232,6 +260,12 @@ def log(run, **event):
         file.write(json.dumps({"time": round(time.time(), 1), **event}) + "\n")
 
 
+def read_log(run):
+    """The events in the run's log.jsonl; a last line that was cut short when the run was killed is left out."""
+    lines = (run / "log.jsonl").read_text().split("\n")[:-1] if (run / "log.jsonl").exists() else []
+    return [json.loads(line) for line in lines]
+
+
 @contextmanager
 def ctrl_c():
     """Inside, Ctrl-C does not stop the program: it makes the function that this gives return True. Twice stops it."""
@@ -264,44 +298,68 @@ def prefetch(load, keys):
 def save_state(run, step, parts):
     """Write what training needs to go on after step into run/state-<step>-<hash>.pt; the last two are kept.
 
-    parts: {name: module or optimizer or None}; of a module only what is trained. The hash of the content stands
-    in the name, which the file gets when it is complete.
+    parts: {name: module, optimizer, list or None}; of a module, its trained parameters. The file gets its name, with
+    the hash of its content in it, when it is complete.
     """
     state = {"step": step}
     for name, part in parts.items():
-        if hasattr(part, "named_parameters"):
-            state[name] = {k: p.detach() for k, p in part.named_parameters() if p.requires_grad}
+        if isinstance(part, torch.nn.Module):
+            state[name] = {k: p.data for k, p in part.named_parameters() if p.requires_grad}
         elif part is not None:
-            state[name] = part.state_dict()
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
-    Path(run / "state.tmp").write_bytes(buffer.getvalue())
-    os.replace(run / "state.tmp", run / f"state-{step:07}-{digest}.pt")
-    for old in sorted(run.glob("state-*.pt"))[:-2]:
+            state[name] = part if isinstance(part, list) else part.state_dict()
+    try:
+        torch.save(state, run / "state.tmp")
+    except RuntimeError as e:                                                   # torch's answer to a full disk
+        raise OSError(f"{run / 'state.tmp'} cannot be written: {e}") from None
+    os.replace(run / "state.tmp", run / f"state-{step:07}-{content_hash(run / 'state.tmp')}.pt")
+    for old in sorted(run.glob("state-*-*.pt"))[:-2]:
         old.unlink()
 
 
 def load_state(run, parts):
-    """Bring parts to the newest whole state in run; returns its step, 0 if there is none."""
-    for file in sorted(run.glob("state-*.pt"), reverse=True):
-        content = file.read_bytes()
-        if hashlib.sha256(content).hexdigest()[:16] != file.stem.split("-")[2]:
+    """Bring parts to the newest whole state in run, and the log back to it; returns its step, 0 if there is none."""
+    for file in sorted(run.glob("state-*-*.pt"), reverse=True):
+        if content_hash(file) != file.stem.split("-")[2]:
             print(f"{file} is damaged: going back to the one before it")
             continue
-        state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        state = torch.load(file, weights_only=True, map_location="cpu")
         for name, part in parts.items():
-            if hasattr(part, "named_parameters"):
-                part.load_state_dict(state[name], strict=False)
+            if isinstance(part, list):
+                part[:] = state[name]
+            elif isinstance(part, torch.nn.Module):
+                part.load_state_dict(state[name], strict=False)                 # what is frozen is not in it
             elif part is not None:
                 part.load_state_dict(state[name])
-        if RANK == 0:
-            lines = [line for line in open(run / "log.jsonl") if json.loads(line).get("step", 0) <= state["step"]]
-            Path(run / "log.jsonl").write_text("".join(lines))
-        print(f"going on after step {state['step']} of {file}")
-        return state["step"]
-    print(f"{run} holds no state yet: starting at step 0")
-    return 0
+        step = state["step"]
+        print(f"going on after step {step} of {file}")
+        break
+    else:
+        step = 0
+        print(f"{run} holds no whole state: starting at step 0")
+    cut_log(run, step)
+    return step
+
+
+@on_rank_0
+def cut_log(run, step):
+    """Take the events after step out of the run's log."""
+    events = [json.dumps(event) + "\n" for event in read_log(run) if event["step"] <= step]
+    Path(run / "log.tmp").write_text("".join(events))
+    os.replace(run / "log.tmp", run / "log.jsonl")
+
+
+def content_hash(path):
+    """The first 16 digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def stop_broken(run, **facts):
+    """Write the facts of a step whose loss or gradient is not finite to broken.json, and stop: exit status 2."""
+    facts = json.loads(json.dumps(facts), parse_constant=str)                   # JSON has no nan
+    on_rank_0(write_json)(run / "broken.json", facts)
+    fail(f"step {facts['step']}: loss or gradient is not finite; {run / 'broken.json'} has its rows, t and losses, and "
+         "--resume repeats it: look at those rows, or start again with a lower --lr")
 
 
 # ---- randomness ----
@@ -644,7 +702,7 @@ class Pairs:
 
 def toy_pairs(n, split, seed, judge=True):
     """n Pairs of Shapes world for the prompts of a split, A and B by two different renderers, labelled by the
-    annotators; judge=False leaves out scores and labels, which take most of the time.
+    annotators; with judge=False they stay unlabelled, which saves most of the time.
     """
     g = rng("pairs", split, seed)
     names = [p for p in PROMPTS if split_of(p) == split]
@@ -655,53 +713,89 @@ def toy_pairs(n, split, seed, judge=True):
     videos = torch.stack([torch.cat([to_uint8(render_as(who[part], prompts[part], g)) for part in parts])
                           for who in (a, b)], dim=1)
     if not judge:
-        return Pairs(prompts, None, None, videos)
+        return Pairs(prompts, torch.full((n, 4), torch.nan), torch.full((n, 2, 3), torch.nan), videos)
     score = torch.stack([oracle(to_float(videos[:, k]), prompts) for k in (0, 1)], dim=1)
     label, mos = annotate(score[:, 0], score[:, 1], g), likert(score, g)
     return Pairs(prompts, label, mos, videos, score)
 
 
+def report_pairs(pairs, held_out=()):
+    """Print what a set of pairs is made of: repeated pairs, whether their labels contradict each other, and how many of
+    its prompts are among the held_out ones; ties of each dimension, and how often it agrees with the others.
+    """
+    videos = pairs.paths or [[hash(video.numpy().tobytes()) for video in pair] for pair in pairs.videos]
+    prompts, sign, verdicts = set(pairs.prompts), pairs.label.nan_to_num(), {}  # +1 A, -1 B, 0 says nothing
+    for prompt, (a, b), label in zip(pairs.prompts, videos, sign.tolist()):
+        turn = 1 if a < b else -1                                               # both orders have one key
+        verdicts.setdefault((prompt, *sorted((a, b))), []).append([turn, *(turn * x for x in label)])
+    print(f"{len(videos)} pairs of {len({x for pair in videos for x in pair})} videos and {len(prompts)} prompts"
+          + f", {len(prompts & set(held_out))} of which are evaluated on too" * bool(held_out))
+    if repeated := [list(zip(*rows)) for rows in verdicts.values() if len(rows) > 1]:
+        both, opposite = (sum(any({1, -1} <= set(column) for column in columns[part]) for columns in repeated)
+                          for part in (slice(1), slice(1, None)))
+        print(f"{len(repeated)} pairs occur more than once: {both} in both orders, {opposite} with opposite labels")
+    names = (*DIMS, "Overall")
+    for k, name in enumerate(names):
+        label, same = pairs.label[:, k][~pairs.label[:, k].isnan()], sign[:, k:k + 1] * sign    # same > 0: they agree
+        if len(label):
+            share = [f"{other} {(x > 0).sum() / (x != 0).sum():.0%}" for other, x in zip(names, same.T)
+                     if other != name and x.any()]
+            print(f"{name}: {len(label) / len(videos):.0%} labelled; A {(label > 0).float().mean():.0%}, "
+                  f"B {(label < 0).float().mean():.0%}, ties {(label == 0).float().mean():.0%}"
+                  + f"; where both decide, it agrees with {', '.join(share)}" * bool(share))
+
+
 # ---- preference pairs from files ----
 
-# The layouts that are understood, each known by its columns: (prompt, A, B) and where the labels stand.
+# The layouts that are understood, each known by its columns: prompt, A, B and, for some, their verdict.
 LAYOUTS = {
     ("prompt", "path_A", "path_B"): "VideoAlign and VideoGen-RewardBench: labels in VQ, MQ, TA, Overall",
     ("prompt", "left_video", "right_video", "vote_type"): "GenAI-Bench",
+    ("prompt", "video1_path", "video2_path", "standard_answer"): "VisionRewardDB-Video",
     ("prompt", "chosen", "rejected"): "a winner and a loser",
 }
-LABELS = {"a": 1.0, "b": -1.0, "same": 0.0, "leftvote": 1.0, "rightvote": -1.0, "tievote": 0.0, "bothbad_vote": 0.0}
+LABELS = {1.0: ("a", "left", "leftvote", "video1"), -1.0: ("b", "right", "rightvote", "video2"),
+          0.0: ("same", "tie", "tievote", "bothbad_vote"), float("nan"): ("", "nan", "none", "invalid")}
+LABELS = {word: label for label, words in LABELS.items() for word in words}
 
 
 def read_table(path):
-    """[(line, {column: text})] of a CSV or JSONL file, in UTF-8; one line and exit status 2 if it is none."""
+    """[(line, {column: text})] of a CSV, JSONL or JSON file, in UTF-8; one line and exit status 2 if it is none."""
     path = Path(path)
+    if path.suffix == ".parquet":
+        code = f"import pandas; pandas.read_parquet('{path}').to_csv('{path.with_suffix('.csv')}', index=False)"
+        fail(f"{path} is Parquet: where pandas is installed, make it a CSV by python -c {shlex.quote(code)}")
     try:
-        if path.suffix == ".jsonl":
-            lines = enumerate(path.read_text("utf-8-sig").splitlines(), 1)
-            table = [(n, json.loads(line)) for n, line in lines if line.strip()]
+        if path.suffix in (".jsonl", ".json"):
+            text = path.read_text("utf-8-sig")
+            if path.suffix == ".json":
+                table = list(enumerate(json.loads(text), 1))
+            else:
+                table = [(n, json.loads(line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
             if not all(isinstance(row, dict) for _, row in table):
-                fail(f"{path}: every line must be a JSON object with its columns as keys")
+                fail(f"{path} must hold one JSON object per row, with its columns as keys")
             return [(n, {k: "" if v is None else str(v) for k, v in row.items()}) for n, row in table]
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restkey="", restval="", strict=True)
             return [(reader.line_num, row) for row in reader]
     except UnicodeDecodeError as e:
         fail(f"{path} is not UTF-8 text (byte {e.start}): save it as a CSV or JSONL file in UTF-8")
-    except (OSError, ValueError, csv.Error) as e:
-        fail(f"{path} cannot be read as {'JSONL' if path.suffix == '.jsonl' else 'CSV'}: {e}")
+    except (OSError, ValueError, TypeError, RecursionError, csv.Error) as e:
+        fail(f"{path} cannot be read as {path.suffix[1:].upper() if path.suffix[:5] == '.json' else 'CSV'}: {e}")
 
 
 def read_pairs(path):
-    """Pairs of a file in one of LAYOUTS, CSV or JSONL; video paths are relative to the file.
+    """Pairs of a file in one of LAYOUTS, CSV, JSONL or JSON; video paths are relative to the file.
 
-    Labels are A, B or same in any case (GenAI-Bench has its own words); anything else is unlabelled, and how many
-    are is printed. MOS_A_VQ .. MOS_B_TA, where they stand, are Likert points. All rows are checked at once: a
-    missing column, prompt or video ends in one line that names it, and exit status 2.
+    Labels are A, B or same in any case, or another of LABELS; anything else is unlabelled, and how many are is
+    printed. Numbers are refused: whether 1 and 0, 1 and 2 or 1 and -1 are meant can't be known. MOS_A_VQ .. MOS_B_TA,
+    where they stand, are Likert points. All rows are checked at once: a missing column, prompt or video ends in one
+    line that names it, and exit status 2.
     """
     table, folder = read_table(path), Path(path).parent
     if not table:
         fail(f"{path} holds no pairs: give it a header and one row per pair")
-    columns = set(table[0][1])
+    columns = set().union(*(row for _, row in table))
     layout = next((names for names in LAYOUTS if columns.issuperset(names)), None)
     labelled = [dim for dim in (*DIMS, "Overall") if dim in columns]
     if layout is None or (layout[1] == "path_A" and not labelled):
@@ -714,8 +808,8 @@ def read_pairs(path):
         if not (row.get("prompt") or "").strip():
             bad.append(f"row {line} has no prompt")
         pair = tuple(folder / (row.get(name) or "") for name in layout[1:3])
-        bad += [f"row {line}: {video} does not exist" for video in pair if not video.is_file()]
-        words = {"Overall": "A"} if layout[1] == "chosen" else {"Overall": row.get("vote_type")}
+        bad += [f"row {line}: {video} does not exist" for video in pair if not os.path.isfile(video)]
+        words = {"Overall": row.get(layout[3]) if layout[3:] else "A"}
         words = {dim: row.get(dim) for dim in labelled} if layout[1] == "path_A" else words
         words = {dim: (word or "").strip().lower() for dim, word in words.items()}
         odd += [word for word in words.values() if word not in LABELS]
@@ -725,6 +819,8 @@ def read_pairs(path):
     if bad:
         more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
         fail(f"{path}, {bad[0]}{more}: mend the file; paths are relative to its folder")
+    if numbers := sorted({word for word in odd if re.fullmatch(r"[-+]?\d+(\.\d*)?", word)}):
+        fail(f"{path} has the labels {', '.join(numbers[:5])}: write A, B or same, numbers do not say which one won")
     if odd:
         seen = ", ".join(sorted({repr(word) for word in odd})[:5])
         print(f"{path}: {len(odd)} labels are neither A, B nor same ({seen}): taken as unlabelled")
@@ -754,7 +850,7 @@ def video_info(path):
             stream = container.streams.video[0]
             fps, size = float(stream.average_rate or stream.guessed_rate or 0), (stream.height, stream.width)
             count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-    except (av.FFmpegError, OSError) as e:
+    except (av.FFmpegError, OSError, AttributeError) as e:                      # a stream without a codec has no size
         raise ValueError(f"{path} cannot be read as a video: {e}") from None
     if count < 1 or not fps > 0:
         raise ValueError(f"{path} has {count} frames at {fps:g} frames per second")
@@ -783,11 +879,13 @@ def read_video(path, indices=None):
                 if wanted is not None and len(frames) == len(wanted):
                     break
             fps = float(stream.average_rate or stream.guessed_rate or 0)
-    except (av.FFmpegError, OSError) as e:
+    except (av.FFmpegError, OSError, AttributeError) as e:
         raise ValueError(f"{path} cannot be read as a video: {e}") from None
     missing = sorted((wanted or set()) - set(frames))
     if missing or not frames:
         raise ValueError(f"{path} has no frame {missing[0] if missing else 0}")
+    if len({frame.shape for frame in frames.values()}) > 1:
+        raise ValueError(f"{path} changes its size on the way")
     return np.stack([frames[i] for i in (sorted(frames) if indices is None else map(int, indices))]), fps
 
 
@@ -894,7 +992,7 @@ class WanCodec:
         return pad_text(rows)
 
     def latent_shape(self, frames, size):
-        config = json.loads((self.folder / "vae" / "config.json").read_text())
+        config = read_json(self.folder / "vae" / "config.json")
         time, space = config.get("scale_factor_temporal") or 4, config.get("scale_factor_spatial") or 8
         return config.get("z_dim", 16), (frames - 1) // time + 1, size[0] // space, size[1] // space
 
@@ -971,8 +1069,8 @@ def is_cached(file):
 
 def save_cached(x, file):
     """Write one tensor in bf16, to a temporary name and then renamed."""
-    from safetensors.torch import save_file
-    save_file({"x": x.to(torch.bfloat16).contiguous()}, f"{file}.tmp")
+    from safetensors.torch import save
+    Path(f"{file}.tmp").write_bytes(save({"x": x.to(torch.bfloat16).contiguous()}))
     os.replace(f"{file}.tmp", file)
 
 
@@ -1067,6 +1165,15 @@ def check_clip_args(args):
         fail(f"--size {','.join(map(str, args.size))}: give height and width, multiples of 16, such as 480,832")
 
 
+def fill_cache(args):
+    """Encode all that a pairs file names."""
+    start_ranks()
+    check_clip_args(args)
+    check_out(args.cache)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encode(read_pairs(args.pairs), WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
+
+
 def shapes_sheet(path):
     """Draw the twelve renderers, and the same prompts without flaws, with their oracle scores."""
     prompts = PROMPTS[::6]                                                      # 12 of them, one for each renderer
@@ -1080,13 +1187,7 @@ def shapes_sheet(path):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["encode"]:
-        args = parse_args(Args, Args.__doc__, sys.argv[2:])
-        start_ranks()
-        check_clip_args(args)
-        check_out(args.cache)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        pairs = read_pairs(args.pairs)
-        encode(pairs, WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
+        launch(fill_cache, Args, Args.__doc__, sys.argv[2:])
     elif sys.argv[1:]:
         fail(f"unknown argument {sys.argv[1]}: python data.py draws shapes.png, python data.py encode fills the cache")
     else:

@@ -39,10 +39,17 @@ class Config:
     @classmethod
     def from_dict(cls, raw):
         """The Config in a config.json of diffusers or of official Wan; ValueError for another architecture."""
+        count = lambda x: isinstance(x, int) and 0 < x < 2**20
         if "attention_head_dim" in raw:                                         # diffusers' keys
-            raw = raw | {ours: raw[theirs] for ours, theirs in DIFFUSERS_CONFIG.items()}
-            raw["dim"] = raw["num_heads"] * raw["attention_head_dim"]
+            raw = raw | {ours: raw.get(theirs) for ours, theirs in DIFFUSERS_CONFIG.items()}
+            both = raw["num_heads"], raw["attention_head_dim"]
+            raw["dim"] = both[0] * both[1] if all(map(count, both)) else None
         config = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
+        kinds = {"patch_size": lambda x: isinstance(x, (list, tuple)) and len(x) == 3 and all(map(count, x)),
+                 "eps": lambda x: isinstance(x, float) and x > 0}
+        for f in fields(cls):
+            if not kinds.get(f.name, count)(getattr(config, f.name)):
+                raise ValueError(f"{f.name} = {getattr(config, f.name)} in config.json makes no model")
         allowed = {"_class_name": ("WanModel", "WanTransformer3DModel"), "model_type": ("t2v",), "image_dim": (None,),
                    "out_channels": (None, config.in_dim), "out_dim": (None, config.in_dim)}
         for key, values in allowed.items():
@@ -274,8 +281,11 @@ class VideoDiT(nn.Module):
         files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
         if not files or not (folder / "config.json").exists():
             raise ValueError(f"{path} holds no config.json with diffusion_pytorch_model*.safetensors")
-        with torch.device("meta"):
-            model = cls(Config.from_dict(json.loads((folder / "config.json").read_text())))
+        try:
+            with torch.device("meta"):
+                model = cls(Config.from_dict(json.loads((folder / "config.json").read_text())))
+        except ValueError as e:
+            raise ValueError(f"{folder / 'config.json'}: {e}") from None
         tensors = {to_official(k): v for file in files for k, v in read_tensors(file)[0].items()}
         if dtype is not None:
             fp32 = lambda name: any(part in name for part in FP32_ISLANDS)
@@ -433,11 +443,15 @@ def save_tensors(tensors, path, metadata=None):
 
     Of several processes only the first writes; where tensors are sharded all must call this, to put them together.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     tensors = {k: whole(v).detach().cpu().contiguous() for k, v in tensors.items()}
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
-    save_file(tensors, f"{path}.tmp", {"format": "pt", **(metadata or {})})
+    try:
+        save_file(tensors, f"{path}.tmp", {"format": "pt", **(metadata or {})})
+    except SafetensorError as e:                                                # such as a full disk
+        raise OSError(f"{path} cannot be written: {e}") from None
     os.replace(f"{path}.tmp", path)
 
 
@@ -457,6 +471,7 @@ def load_strict(module, tensors, path):
     odd = [f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in own]
     odd += [f"{k} is {tuple(tensors[k].shape)}, not {tuple(v.shape)}" for k, v in own.items()
             if k in tensors and tensors[k].shape != v.shape]
+    odd += [f"{k} is {v.dtype}" for k, v in tensors.items() if not v.is_floating_point()]
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise ValueError(f"{path} does not fit the model: {'; '.join(odd[:3])}{more}")

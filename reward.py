@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import (DIMS, FRAMES, HERE, SIZE, caption_of, check_world, embed_text, fail, find, flawed_videos, oracle,
-                  overall, parse_args, read_video, rng, to_float, video_info, write_json)
+from data import (DIMS, FRAMES, HERE, SIZE, caption_of, check_world, embed_text, fail, find, flawed_videos, launch,
+                  oracle, overall, read_json, read_video, rng, to_float, video_info, write_json)
 from model import Config, LayerNorm, VideoDiT, add_lora, load_strict, read_tensors, save_tensors
 
 
@@ -94,6 +94,8 @@ class LatentReward(nn.Module):
             tensors, metadata = read_tensors(file)
             if "world" in metadata:
                 check_world(metadata, file)
+            if not {"config", "depth"} <= metadata.keys():
+                raise ValueError(f"{file} does not say how deep a model it is of")
             reward = cls(Config.from_dict(json.loads(metadata["config"])), int(metadata["depth"]))
             load_strict(reward, {k: v.float() for k, v in tensors.items()}, file)
         except ValueError as e:
@@ -413,17 +415,6 @@ def is_qwen(name):
     return config.is_file() and read_json(config).get("model_type") == "qwen2_vl"
 
 
-def read_json(path):
-    """The object in a JSON file. ValueError names a file that holds none."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read as JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
-
-
 def unpickle(path):
     """The tensors of a .pth file, read without running what a pickle could hold. ValueError names a bad file."""
     try:
@@ -689,4 +680,4 @@ def print_toy(args, reward):
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    main(parse_args(Args, __doc__, ["--video"] * bool(words and not words[0].startswith("-")) + words))
+    launch(main, Args, __doc__, ["--video"] * bool(words and not words[0].startswith("-")) + words)

@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from data import (DIMS, FRAMES, HERE, PROMPTS, RANK, SIZE, WORLD, ShapesCodec, WanCodec, attributes, caption_of,
-                  check_clip_args, check_out, check_world, collect, contact_sheet, embed_text, fail, find, on_rank_0,
-                  oracle, overall, parse_args, read_table, rng, split_of, start_ranks, start_run, to_float, to_uint8,
-                  with_overall, write_json, write_video)
+                  check_clip_args, check_counts, check_out, check_world, collect, contact_sheet, embed_text, fail,
+                  find, launch, on_rank_0, oracle, overall, read_json, read_table, rng, split_of, start_ranks,
+                  start_run, to_float, to_uint8, with_overall, write_json, write_video)
 from model import VideoDiT, load_lora, lora_disabled, read_tensors, save_tensors
 from reward import LatentReward, load_reward, score_clean, score_videos
 
@@ -90,7 +90,7 @@ def nrg(velocity, reward, rg_scale, dim_w=(1.0, 1.0, 1.0), max_ratio=float("inf"
 
 def find_model(path):
     """The local folder at path, as given or beside this file, or path itself where it can only be a hub repository."""
-    for folder in (Path(path), HERE / path):
+    for folder in (Path(str(path)), HERE / str(path)):
         if folder.is_dir():
             return find(folder, "transformer", "lora.safetensors", "config.json")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not Path(path).parent.is_dir() and str(path)[:5] != "runs/":
@@ -104,9 +104,12 @@ def origin(path):
     An aligned run names in its config.json the model that it started from; a toy's weights name their world.
     """
     folder = Path(find_model(path))
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
-    if "args" in config and config["args"].get("loss") != "pretrain":
-        return origin(config["args"]["model"])
+    try:
+        args = read_json(folder / "config.json").get("args") if (folder / "config.json").exists() else None
+    except ValueError as e:
+        fail(e)
+    if isinstance(args, dict) and args.get("loss") != "pretrain":
+        return origin(args.get("model"))
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     return str(folder), file.exists() and "world" in read_tensors(file)[1]
 
@@ -116,8 +119,8 @@ def load_model(path, dtype=torch.float32):
     folder = find_model(path)
     try:
         if (Path(folder) / "lora.safetensors").exists():
-            start = json.loads((folder / "config.json").read_text())["args"]["model"]
-            model = load_lora(load_model(start, dtype), folder / "lora.safetensors")
+            start = read_json(folder / "config.json").get("args") or {}
+            model = load_lora(load_model(start.get("model"), dtype), folder / "lora.safetensors")
             return model.eval().requires_grad_(False)
         file = Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors"
         if file.exists() and "world" in (metadata := read_tensors(file)[1]):
@@ -179,12 +182,34 @@ def win_rates(r, r_start):
     return {dim: round(win_rate(r[:, k], r_start[:, k]), 4) for k, dim in enumerate((*DIMS, "Overall"))}
 
 
+def look(videos):
+    """What a hacked reward likes to spoil, of videos (.., 3, T, H, W): means of motion (change from frame to frame),
+    saturation and brightness, in [0, 1].
+    """
+    x = (videos + 1) / 2
+    values = {"motion": x.diff(dim=-3).abs(), "saturation": x.amax(-4) - x.amin(-4), "brightness": x}
+    return {name: round(x.mean().nan_to_num().item(), 4) for name, x in values.items()}
+
+
+def hacking(result):
+    """A line if the reward prefers the new videos while the oracle does not, or while a mean of look is 30 % below
+    the start's; else "".
+    """
+    fell = [f"{name} fell from {x:.3f} to {result['look'][name]:.3f}" for name, x in result["look_start"].items()
+            if result["look"][name] < 0.7 * x]
+    judge = result.get("win_rate_reward", result["win_rate"])["Overall"]
+    if (truth := result["win_rate"]["Overall"]) < 0.5:
+        fell.append(f"the oracle prefers them in {truth:.0%} only")
+    hacked = judge > 0.5 and fell
+    return f"reward hacking? The reward prefers the videos in {judge:.0%}, but {', '.join(fell)}" if hacked else ""
+
+
 def evaluate(videos, start, prompts, reward=None):
     """Win rates on Shapes world of videos over start, made from the same noise: by the oracle, and by the reward
     that labelled the pairs.
 
     Returns {"win_rate": {"VQ", "MQ", "TA", "Overall"}, "win_rate_reward": ditto, "oracle": mean scores,
-    "oracle_start", "n"}.
+    "oracle_start", "look": means of look, "look_start", "n"}.
     """
     score, score_start = oracle(videos, prompts), oracle(start, prompts)
     result = {"win_rate": win_rates(with_overall(score)[:, :3], with_overall(score_start)[:, :3])}
@@ -193,7 +218,7 @@ def evaluate(videos, start, prompts, reward=None):
         result["win_rate_reward"] = win_rates(*(score_clean(reward, x, text) for x in (videos, start)))
     for name, s in (("oracle", score), ("oracle_start", score_start)):
         result[name] = {dim: round(s[:, k].mean().item(), 4) for k, dim in enumerate(DIMS)}
-    return {**result, "n": len(prompts)}
+    return {**result, "look": look(videos), "look_start": look(start), "n": len(prompts)}
 
 
 @on_rank_0
@@ -209,6 +234,8 @@ def report(run, result, prompts, videos, start):
                                          (f"{run.name}:  {caption_of(score_b)}", b)]
                                         for prompt, a, score_a, b, score_b in rows])
     print(table({run.name: [result]}))
+    if said := hacking(result):
+        print(said)
 
 
 def table(results):
@@ -236,17 +263,19 @@ def compare(runs, out):
     Runs whose arguments differ in nothing but seed and folder are one row, with mean and standard deviation.
     """
     folders, groups = [find(run, "eval.json") for run in runs], {}
-    for folder in folders:
-        args = json.loads((folder / "config.json").read_text())["args"]
-        key = json.dumps({k: v for k, v in args.items() if k not in ("seed", "out", "resume")})
-        groups.setdefault(key, []).append(folder)
-    results = {group[0].name: [json.loads((folder / "eval.json").read_text()) for folder in group]
-               for group in groups.values()}
-    print(table(results))
-    files = [group[0] / "samples.safetensors" for group in groups.values()]
-    if not all(file.exists() for file in files):                                # a Wan's videos are files of their own
-        return
-    samples = [read_tensors(file) for file in files]
+    try:
+        for folder in folders:
+            args = read_json(folder / "config.json")["args"]
+            key = json.dumps({k: v for k, v in args.items() if k not in ("seed", "out", "resume")})
+            groups.setdefault(key, []).append(folder)
+        results = {group[0].name: [read_json(folder / "eval.json") for folder in group] for group in groups.values()}
+        print(table(results))
+        files = [group[0] / "samples.safetensors" for group in groups.values()]
+        if not all(file.exists() for file in files):                            # a Wan's videos are files of their own
+            return
+        samples = [read_tensors(file) for file in files]
+    except (ValueError, KeyError) as e:
+        fail(f"--compare takes runs with win rates, of train_align.py or sample.py: {e}")
     prompts = json.loads(samples[0][1]["prompts"])
     columns = [("start", samples[0][0]["start"])]
     columns += [(name, tensors["videos"]) for name, (tensors, _) in zip(results, samples)]
@@ -298,7 +327,8 @@ def file_names(args, rows):
     """
     if not args.prompts:
         return [f"{i:03}" for i in range(len(rows) * args.n_per_prompt)]
-    shorts = [(row.get("prompt_shorter") or row["prompt"]).strip().replace("/", " ")[:180] for row in rows]
+    shorts = [re.sub(r"[/\x00-\x1f]", " ", (row.get("prompt_shorter") or row["prompt"]).strip()) for row in rows]
+    shorts = [short.encode()[:180].decode(errors="ignore") for short in shorts]  # a file name has 255 bytes at most
     return [f"{short}-{i}" for short in shorts for i in range(args.n_per_prompt)]
 
 
@@ -310,15 +340,29 @@ def read_prompts(args):
     if not table or "prompt" not in table[0][1]:
         fail(f"{args.prompts} needs a column `prompt` and at least one row")
     for line, row in table:
-        if not row["prompt"].strip():
+        if not (row.get("prompt") or "").strip():
             fail(f"{args.prompts}, row {line} has no prompt")
-    return [row for _, row in table]
+    rows = [row for _, row in table]
+    names, last = file_names(args, rows), {}
+    for k, name in enumerate(names):
+        if last.setdefault(name, k) != k:
+            fail(f"{args.prompts}: two prompts would both be {name}.mp4; leave one out")
+    return rows
+
+
+def trained_on(ckpt):
+    """The prompts of the pairs that the run ckpt was aligned with; none where it or its pairs file can't tell."""
+    file = Path(ckpt) / "config.json"
+    args = read_json(file).get("args") if ckpt and file.exists() else None
+    pairs = args.get("pairs") if isinstance(args, dict) else None
+    return {row.get("prompt", "").strip() for _, row in read_table(pairs)} if pairs and Path(pairs).exists() else set()
 
 
 def check(args):
     """(rows of prompts, whether the model is the toy): fill unset flags, refuse what cannot work before loading it."""
     if not (args.prompt or args.prompts or args.eval):
         fail(f"nothing to draw: give --prompt \"{PROMPTS[0]}\", --prompts FILE, --eval 512 or --compare RUN RUN")
+    check_counts(args, "n_per_prompt", "steps", "batch")
     if len(args.dim_w) != len(DIMS):
         fail(f"--dim_w takes {len(DIMS)} numbers, for {', '.join(DIMS)}; e.g. --dim_w 0.5,0.5,0")
     toy = origin(args.ckpt or args.model)[1]
@@ -338,6 +382,8 @@ def check(args):
             fail("--eval draws prompts of Shapes world: for a Wan give --prompts FILE --against base --reward RUN")
         if args.reward and not args.against:
             fail("--reward judges a comparison: add --against base, or another model")
+        if shared := args.against and trained_on(args.ckpt) & {row["prompt"].strip() for row in rows}:
+            print(f"{len(shared)} of the prompts are in the pairs that {args.ckpt} saw: win rates on them flatter it")
     if args.lora and not Path(args.lora).is_file():
         fail(f"--lora {args.lora} does not exist")
     check_out(args.out)
@@ -381,17 +427,21 @@ def main(args):
         report(run, result, prompts, videos, start_videos)
     else:
         names = file_names(args, rows)
-        latents, result = write_videos(run, names, drawn, codec.fps, toy), None
+        (latents, looks), result = write_videos(run, names, drawn, codec.fps, toy), None
         if args.against:
             with start() as start_model:
-                start_latents = write_videos(run / "start", names, generate(start_model, **settings), codec.fps, toy)
+                start_latents, start_looks = write_videos(run / "start", names, generate(start_model, **settings),
+                                                          codec.fps, toy)
         if args.reward:
             judge = load_reward(args.reward, template=args.template or None)
             r, r_start = (on_rank_0(judged)(judge, folder, names, x, prompts, codec)
                           for folder, x in ((run, latents), (run / "start", start_latents)))
-            result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "n": len(prompts)}
+            result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "look": looks, "look_start": start_looks,
+                      "n": len(prompts)}
             on_rank_0(write_json)(run / "eval.json", result)
             print(table({run.name: [result]}))
+            if said := hacking(result):
+                print(said)
     if ratios:
         by_step = [np.mean(ratios[k::args.steps - 1]) for k in range(args.steps - 1)]
         print("guidance / velocity, by step:", " ".join(f"{ratio:.2f}" for ratio in by_step))
@@ -399,11 +449,14 @@ def main(args):
 
 
 def write_videos(folder, names, drawn, fps, toy):
-    """Write drawn (latents, video) pairs as <name>.mp4 and the first of them as samples.png; returns the latents."""
+    """Write drawn (latents, video) pairs as <name>.mp4 and the first of them as samples.png; returns the latents and
+    the means of look.
+    """
     folder.mkdir(exist_ok=True)
-    latents, cells = [], []
+    latents, looks, cells = [], [], []
     for name, (x, video) in zip(names[RANK::WORLD], drawn):
         latents.append(x)
+        looks.append(look(video))
         if len(cells) < 12:
             some = np.linspace(0, video.shape[1] - 1, min(8, video.shape[1])).round()
             cells.append([(name, video[:, some])])
@@ -412,7 +465,8 @@ def write_videos(folder, names, drawn, fps, toy):
         write_video(folder / f"{name}.mp4", video, fps)
     on_rank_0(contact_sheet)(folder / "samples.png", collect(cells)[:12])
     print(f"wrote {len(names)} mp4 and samples.png to {folder}")
-    return torch.stack(collect(latents))
+    looks = collect(looks)
+    return torch.stack(collect(latents)), {name: round(np.mean([x[name] for x in looks]), 4) for name in looks[0]}
 
 
 def judged(reward, folder, names, latents, prompts, codec):
@@ -423,4 +477,4 @@ def judged(reward, folder, names, latents, prompts, codec):
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, __doc__))
+    launch(main, Args, __doc__)

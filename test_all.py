@@ -13,8 +13,10 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -415,7 +417,13 @@ def test_read_pairs_understands_the_authors_csv_genai_bench_and_chosen_rejected(
     label = data.read_pairs(tmp_path / "genai.csv").label
     assert label[:, 3].tolist() == [1, -1, 0, 0] and label[:, :3].isnan().all()
 
+    (tmp_path / "vision.csv").write_text("prompt,video1_path,video2_path,standard_answer\n" + "".join(
+        f"p,v/a.mp4,v/b.mp4,{word}\n" for word in ("video1", "video2", "tie", "")))
+    assert data.read_pairs(tmp_path / "vision.csv").label[:, 3].nan_to_num(9).tolist() == [1, -1, 0, 9]
+
     row = {"prompt": "p", "chosen": "v/b.mp4", "rejected": "v/a.mp4"}
+    (tmp_path / "dpo.json").write_text(json.dumps([row, row]))
+    assert data.read_pairs(tmp_path / "dpo.json").lines == [1, 2]
     (tmp_path / "dpo.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n")
     pairs = data.read_pairs(tmp_path / "dpo.jsonl")
     assert pairs.label[:, 3].tolist() == [1, 1] and pairs.lines == [1, 3]
@@ -427,6 +435,10 @@ def test_read_pairs_understands_the_authors_csv_genai_bench_and_chosen_rejected(
     ("path_A,path_B,prompt\na.mp4,a.mp4,p\n", "understood are"),
     ("path_A,path_B,prompt,VQ\na.mp4,gone.mp4,p,A\na.mp4,a.mp4,,A\n", "row 2: .*gone.mp4 does not exist \\(and 1 more"),
     ("path_A,path_B,prompt,VQ\na.mp4,a.mp4,\xff,A\n", "is not UTF-8"),
+    ("path_A,path_B,prompt,VQ\na.mp4,a.mp4,p,1\na.mp4,a.mp4,p,0\n", "has the labels 0, 1: write A, B or same"),
+    (f"path_A,path_B,prompt,VQ\n{'x' * 5000}.mp4,a.mp4,p,A\n", "xxx.mp4 does not exist"),
+    ("path_A,path_B,prompt,VQ\n\"a\nb.mp4\",a.mp4,p,A\n", "b.mp4 does not exist"),
+    (f"path_A,path_B,prompt,VQ\na.mp4,a.mp4,{'long ' * 30000},A\n", "field larger than field limit"),
     ('path_A,path_B,prompt,VQ\na.mp4,a.mp4,"open,A\n', "cannot be read as CSV"),
 ])
 def test_a_bad_pairs_file_ends_in_one_line(text, says, tmp_path, capsys):
@@ -955,6 +967,31 @@ def test_an_older_run_is_renamed_and_never_overwritten(runs):
     assert (runs / "again.1" / "mine.txt").read_text() == "keep" and not (runs / "again" / "mine.txt").exists()
 
 
+def timeless_log(run):
+    """The events in a run's log without the clock."""
+    return [{k: v for k, v in event.items() if k not in ("time", "seconds")} for event in data.read_log(run)]
+
+
+@pytest.mark.parametrize("name", ["dpo", "pretrain", "reward", "videos", "win rates"])
+def test_the_command_in_config_json_makes_the_same_files_again(name, runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "toy", TINY)
+    small, base = dict(out=str(tmp_path / "run"), steps=2), str(runs / "base")
+    script, args = {
+        "dpo": (train_align, replace(align_args(runs, "", n_pairs=8, batch=4, eval_n=2, eval_steps=1), **small)),
+        "pretrain": (train_align, train_align.Args(loss="pretrain", batch=2, eval_n=2, eval_steps=1, **small)),
+        "reward": (train_reward, train_reward.Args(model=base, depth=1, n_pairs=8, batch=4, n_eval=12, noisy=True, **small)),
+        "videos": (sample, sample.Args(ckpt=base, prompt=[PROMPTS[0], PROMPTS[5]], nrg=str(runs / "noisy"), **small)),
+        "win rates": (sample, sample.Args(ckpt=base, eval=4, nrg=str(runs / "noisy"), dim_w=(0.0, 0.5, 1.0), **small))}[name]
+    script.main(args)
+    command = json.loads((tmp_path / "run/config.json").read_text())["command"]
+    data.launch(script.main, script.Args, script.__doc__, shlex.split(command)[2:])
+    first, again = ({f.relative_to(tmp_path / run): f for f in sorted((tmp_path / run).rglob("*")) if f.is_file()} for run in ("run.1", "run"))
+    assert first.keys() == again.keys() and len(first) > 2
+    for name in first.keys() - {Path("log.jsonl")}:                             # which has the clock in it
+        assert first[name].read_bytes() == again[name].read_bytes(), name
+    assert timeless_log(tmp_path / "run.1") == timeless_log(tmp_path / "run")
+
+
 BAD = [
     (train_align, "--lss dpo", "did you mean --loss"),
     (train_align, "--loss ppo", "choose from"),
@@ -974,8 +1011,33 @@ BAD = [
     (sample, "--prompt 'a dog'", "not a prompt of Shapes world"),
     (sample, "--ckpt runs/nowhere --eval 4", "does not exist"),
     (sample, "--compare {empty}", "holds no eval.json"),
+    (sample, "--compare {reward}", "takes runs of train_align.py"),
+    (sample, "--prompts gone.csv", "gone.csv"),
+    (sample, "--prompts {twice}", "two prompts would both be"),
+    (sample, "--prompts {blank}", "row 3 has no prompt"),
+    (train_align, "--steps 0", "above 0"),
+    (train_reward, "--save_every 0", "above 0"),
+    (sample, "--prompt p --n_per_prompt 0", "above 0"),
+    (train_align, "--model {other} --out {other}", "is the model itself"),
+    (train_align, "--model {pickle}", "cannot be read as safetensors"),
+    (train_align, "--model {layers}", "num_layers = 0 in config.json makes no model"),
+    (train_align, "--resume --out {broken}", "config.json cannot be read as JSON"),
+    (train_align, "--pairs gone.csv", "gone.csv"),
+    (train_align, "--pairs {file}", "holds no pairs"),
+    (train_align, "--pairs {blank}", "understood are"),
+    (train_align, "--pairs pairs.parquet", "python -c"),
     (reward, "--video {file} --prompt 'a red circle moving left'", "cannot be read as a video"),
 ]
+
+
+class Executed:
+    """Unpickled, it makes the file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("script, argv, says", BAD, ids=[f"{s.__name__} {a}" for s, a, _ in BAD])
@@ -983,7 +1045,11 @@ def test_bad_input_ends_in_one_line_and_status_2(script, argv, says, tmp_path, r
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").mkdir()
-    for name in ("other", "cut", "world"):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text('{"args": ')
+    (tmp_path / "twice").write_text(f"prompt\n{PROMPTS[0]}\n{PROMPTS[0]}\n")
+    (tmp_path / "blank").write_text(f"prompt,x\n{PROMPTS[0]},1\n ,2\n")
+    for name in ("other", "cut", "world", "pickle", "layers"):
         shutil.copytree(runs / "base", tmp_path / name)
         file = tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors"
         tensors, metadata = model_file.read_tensors(file)
@@ -994,13 +1060,294 @@ def test_bad_input_ends_in_one_line_and_status_2(script, argv, says, tmp_path, r
         model_file.save_tensors({k: v.clone() for k, v in tensors.items()}, file, metadata)
         if name == "cut":
             file.write_bytes(file.read_bytes()[:1000])
+        if name == "pickle":
+            torch.save({"x": Executed(tmp_path / "executed")}, file)
+        if name == "layers":
+            config = file.with_name("config.json")
+            config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 0'))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        folders = {name: tmp_path / name for name in ("file", "empty", "other", "cut", "world")}
+        folders = {path.name: path for path in tmp_path.iterdir()} | {"reward": runs / "reward"}
         script.main(data.parse_args(script.Args, script.__doc__, shlex.split(argv.format(**folders))))
     said = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and says in said[-1] and said[-1].startswith("error:") and len(said) == 1, said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- a run one can trust: diagnosis ----
+
+HEALTHY = [dict(step=10 * i, loss=0.693 - 0.02 * i, logit=0.05 * i, grad_factor=0.5 - 0.02 * i, margin=0.0003 * i, gap_w=0.0008 * i,
+                gap_l=0.0011 * i, err_ref_w=0.036) for i in range(1, 11)]
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(logit=0.001), "the loss is still log 2, with logits of 0.0010"),
+    (dict(grad_factor=0.004), "saturated: the gradient has 0.40% of its strength left"),
+    (dict(gap_w=0.02, gap_l=0.03), "a worse loser alone: the winner's error is 0.0200 above the reference's 0.0360"),
+    (dict(gap_w=0.08, margin=-0.01), "errors explode"), (dict(loss=1.5), "errors explode"), ({}, None)])
+def test_the_doctor_names_each_disease_once_and_is_silent_on_health(changes, says):
+    events = [HEALTHY[0]] + [e | changes for e in HEALTHY[1:]]
+    said = [verdict for i in range(1, 11) for verdict in train_align.diagnose(events[:i])]
+    assert len(said) == bool(says) and all(says in verdict for verdict in said), said
+
+
+def test_the_doctor_reads_logit_and_gradient_factor_off_the_loss():
+    logit = torch.tensor([-3.0, 0.0, 0.5, 20.0, 1000.0])
+    stats = torch.stack([torch.rand(5), -torch.nn.functional.logsigmoid(logit), *torch.rand(3, 5)], dim=1)
+    for i in range(4):
+        event = train_align.summary(stats[i:i + 1])
+        assert event["logit"] == pytest.approx(abs(logit[i].item()), abs=1e-4)
+        assert event["grad_factor"] == pytest.approx(torch.sigmoid(-logit[i]).item(), rel=1e-3)
+    assert np.isfinite(train_align.summary(stats)["logit"])                     # a loss of exactly 0
+    sft = [dict(step=10 * i, loss=loss) for i, loss in enumerate((0.04, 0.05, 0.09), 1)]
+    assert not train_align.diagnose(sft[:2]) and "explode" in train_align.diagnose(sft)[0]
+    assert re.search("250 .* 0.0362 .* 13,824 numbers, 0.0181 ", train_align.beta_elsewhere(500.0, 13824))
+
+
+def test_a_hacked_reward_is_named_and_a_good_run_is_not():
+    g = rng(0)
+    video = render(attributes(PROMPTS), torch.zeros(len(PROMPTS), len(DEFECTS)), g).float()
+    grey, still = video.mean(1, keepdim=True).expand_as(video), video[:, :, :1].expand_as(video)
+    rates = lambda x: dict.fromkeys((*DIMS, "Overall"), x)
+    result = {"win_rate": rates(0.8), "win_rate_reward": rates(0.9), "look": sample.look(video), "look_start": sample.look(video)}
+    assert not sample.hacking(result) and sample.look(video[0]).keys() == {"motion", "saturation", "brightness"}
+    assert re.search(r"in 90%, but saturation fell from 0\.\d+ to 0.000$", sample.hacking(result | {"look": sample.look(grey)}))
+    assert re.search(r"but motion fell from 0\.\d+ to 0.000$", sample.hacking(result | {"look": sample.look(still)}))
+    assert "the oracle prefers them in 30% only" in sample.hacking(result | {"win_rate": rates(0.3)})
+    assert not sample.hacking(result | {"win_rate_reward": rates(0.4), "look": sample.look(grey)})
+
+
+def test_the_pair_report_counts_ties_agreement_repeats_and_contradictions(tmp_path, capsys):
+    rows = ["a,b,x,A,A", "b,a,x,B,B", "c,d,x,A,B", "d,c,x,A,same", "c,d,x,A,same", "a,b,y,same,", "a,d,z,,B"]
+    for name in "abcd":
+        (tmp_path / f"{name}.mp4").touch()
+    lines = [",".join([f"{a}.mp4", f"{b}.mp4", *rest]) for a, b, *rest in (row.split(",") for row in rows)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["path_A,path_B,prompt,VQ,TA", *lines]))
+    data.report_pairs(data.read_pairs(tmp_path / "pairs.csv"), ["y", "z", "w"])
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "7 pairs of 4 videos and 3 prompts, 2 of which are evaluated on too",
+        "2 pairs occur more than once: 2 in both orders, 1 with opposite labels",
+        "VQ: 86% labelled; A 67%, B 17%, ties 17%; where both decide, it agrees with TA 67%",
+        "TA: 86% labelled; A 17%, B 50%, ties 33%; where both decide, it agrees with VQ 67%"]
+    pairs = data.toy_pairs(40, "train", 0)
+    data.report_pairs(pairs.subset([*range(40), 3]), sample.eval_prompts(18))
+    said = capsys.readouterr().out.splitlines()
+    assert re.match("41 pairs of 80 videos and .* prompts, 0 of which", said[0]) and "1 pairs occur more than once: 0 in both" in said[1]
+
+
+# ---- a run one can trust: resume, faults ----
+
+class Killed(BaseException):
+    """In the place of SIGKILL, which leaves no time to clean up either."""
+
+
+def main_killed(script, args, step, monkeypatch):
+    """Run a training script until its process would die in the middle of the step with this number."""
+    calls, own = [], script.clip_grad_norm_
+
+    def clip(*x):
+        calls.append(1)
+        if len(calls) > step:
+            raise Killed
+        return own(*x)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(script, "clip_grad_norm_", clip)
+        script.main(args)
+
+
+def result_of(run):
+    """What a run leaves: its weights, eval.json, and its log without the clock."""
+    files = sorted(f for f in run.rglob("*.safetensors"))
+    return [f.relative_to(run) for f in files], [model_file.read_tensors(f)[0] for f in files], (run / "eval.json").read_text(), timeless_log(run)
+
+
+def assert_same(a, b):
+    (names, tensors, *rest), (names_b, tensors_b, *rest_b) = result_of(a), result_of(b)
+    assert names == names_b and names and rest == rest_b
+    for x, y in zip(tensors, tensors_b):
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.parametrize("name", ["dpo", "pretrain", "reward"])
+def test_a_killed_run_resumes_to_the_same_bits(name, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "toy", TINY)
+    if name == "reward":
+        script, args = train_reward, train_reward.Args(model=str(runs / "base"), depth=1, n_pairs=16, steps=9, batch=4, n_eval=12)
+    else:
+        script, args = train_align, align_args(runs, "", loss=name, n_pairs=16, steps=9, batch=4, accumulate=2, eval_n=2, eval_steps=1)
+        if name == "pretrain":
+            args = replace(args, lora_rank=None, warmup=2)                      # Muon and AdamW, averaged weights, schedule
+    args = replace(args, save_every=2)
+    script.main(replace(args, out=str(tmp_path / "whole")))
+    cut = replace(args, out=str(tmp_path / "cut"))
+    main_killed(script, replace(cut), 7, monkeypatch)
+    assert [f.name[:13] for f in sorted((tmp_path / "cut").glob("state-*"))] == ["state-0000004", "state-0000006"]
+    newest = max((tmp_path / "cut").glob("state-*"))
+    newest.write_bytes(newest.read_bytes()[:-100])                              # as a power cut leaves it
+    (tmp_path / "cut/state.tmp").write_bytes(b"half a state")
+    with open(tmp_path / "cut/log.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    capsys.readouterr()
+    script.main(replace(cut, resume=True))
+    said = capsys.readouterr().out
+    assert f"{newest} is damaged: going back" in said and "going on after step 4" in said
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_starts_anew_without_a_state_and_refuses_other_arguments(runs, tmp_path, capsys, monkeypatch):
+    args = replace(align_args(runs, "", n_pairs=8, steps=3, batch=4, eval_n=2, eval_steps=1), out=str(tmp_path / "run"))
+    main_killed(train_align, replace(args), 1, monkeypatch)
+    train_align.main(replace(args, resume=True))
+    assert "holds no whole state: starting at step 0" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train_align.main(replace(args, resume=True, lr=1.0))
+    assert "made by another command (--lr was 0.003, not 1.0)" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_first(runs, tmp_path, monkeypatch, capsys):
+    args = replace(align_args(runs, "", n_pairs=8, steps=5, batch=4, eval_n=2, eval_steps=1), out=str(tmp_path / "run"))
+    own = train_align.clip_grad_norm_
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_align, "clip_grad_norm_", lambda *x: (signal.raise_signal(signal.SIGINT), own(*x))[1])
+        train_align.main(replace(args))
+    assert "stopped after step 1: the same command with --resume" in capsys.readouterr().err
+    train_align.main(replace(args, resume=True))
+    assert "going on after step 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [train_align, train_reward])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_numbers_gone_wrong_stop_the_run_and_are_named(script, what, runs, tmp_path, monkeypatch, capsys):
+    args = (align_args(runs, "", n_pairs=16, steps=6, batch=4, eval_n=2) if script is train_align else
+            train_reward.Args(model=str(runs / "base"), depth=1, n_pairs=16, steps=6, batch=4, noisy=True))
+    args = replace(args, out=str(tmp_path / "run"))
+    noise, clip, calls = script.draw_noise, script.clip_grad_norm_, []
+
+    def draw(shape, seed, step, samples, **settings):
+        t, eps = noise(shape, seed, step, samples, **settings)
+        eps[samples.index(max(samples))] *= float("nan") if step == 3 and what == "loss" else 1
+        return t, eps
+
+    def norm(*x):
+        calls.append(clip(*x))
+        return calls[-1] * (float("inf") if len(calls) == 4 and what == "gradient" else 1)
+    monkeypatch.setattr(script, "draw_noise", draw)
+    monkeypatch.setattr(script, "clip_grad_norm_", norm)
+    with pytest.raises(SystemExit) as stop:
+        script.main(replace(args))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and "error: step 4: loss or gradient is not finite" in said[-1]
+    facts = json.loads((tmp_path / "run/broken.json").read_text(), parse_constant=pytest.fail)
+    assert facts["step"] == 4 and len(facts["rows"]) == len(facts["t"]) == 4 and all(0 <= t < 1 for t in facts["t"])
+    if script is train_align:
+        assert [i for i, loss in zip(facts["rows"], facts["loss"]) if loss == "NaN"] == [max(facts["rows"])] * (what == "loss")
+    assert facts["grad_norm"] == ("NaN" if what == "loss" else "Infinity")
+    assert [f.name[:13] for f in (tmp_path / "run").glob("state-*")] == ["state-0000003"]
+
+
+# ---- a run one can trust: bad input ----
+
+@pytest.fixture(scope="module")
+def good(runs, tmp_path_factory):
+    """A folder of good files of every kind that is read, and how each is read."""
+    root = tmp_path_factory.mktemp("good")
+    train_align.main(replace(align_args(runs, "", n_pairs=4, steps=1, batch=2, eval_n=2, eval_steps=1), out=str(root / "dpo")))
+    for name in ("base", "reward"):
+        shutil.copytree(runs / name, root / name)
+    write_clips(root, ["a.mp4", "b.mp4"], frames=6)
+    (root / "pairs.csv").write_text('path_A,path_B,prompt,VQ,MQ,MOS_A_VQ\na.mp4,b.mp4,"a cat, asleep",A,same,4\nb.mp4,a.mp4,a dog,B,,2\n')
+    rows = [{"prompt": "a cat", "path_A": "a.mp4", "path_B": "b.mp4", "TA": "A"}, {"prompt": "é", "path_A": "b.mp4", "path_B": "a.mp4", "TA": None}]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "prompts.csv").write_text("prompt,prompt_shorter\na cat,\na dog that sleeps,dog\n")
+    weights = "diffusion_pytorch_model.safetensors"
+    model = lambda folder: sample.load_model(folder)(*random_batch())
+    video = lambda path: (data.clip_frames(path, 2), data.read_clip(path, 2, (16, 16)), reward.check_videos([path]), reward.toy_latents(path))
+    return root, {
+        "pairs.csv": data.read_pairs, "pairs.jsonl": data.read_pairs, "a.mp4": video,
+        "prompts.csv": lambda path: sample.read_prompts(sample.Args(prompts=str(path))),
+        f"base/transformer/{weights}": lambda path: model(path.parents[1]), "base/transformer/config.json": lambda path: model(path.parents[1]),
+        "dpo/config.json": lambda path: (sample.origin(path.parent), model(path.parent)), "dpo/lora.safetensors": lambda path: model(path.parent),
+        "reward/reward.safetensors": lambda path: reward.load_reward(path.parent)}
+
+
+def mutant(content, g):
+    """The bytes with some flipped, cut out or put in, more often near the start, where headers are."""
+    pick = lambda n: int(torch.randint(max(n, 1), (1,), generator=g))
+    at = pick(min(len(content), (len(content), 2000, 200)[pick(3)]))
+    noise = bytes(pick(256) for _ in range(1 + pick(4)))
+    return (content[:at] + noise + content[at + len(noise):], content[:at] + noise + content[at:], content[:at], content[:at] + content[at + 1 + pick(8):],
+            content[:at] + bytes([content[at] ^ 1 << pick(8)]) + content[at + 1:])[pick(5)]
+
+
+def test_videos_that_cannot_be_used_are_named(tmp_path):
+    import av
+    write_clips(tmp_path, ["whole.mp4", "cut.mp4"], frames=12, fps=24)
+    write_clips(tmp_path, ["enormous.mp4"], frames=1, size=(16, 8208))
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:900])
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "nothing.mp4").touch()
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), "fltp", "mono")
+        sound.sample_rate = 16000
+        container.mux([*stream.encode(sound), *stream.encode()])
+    with av.open(str(tmp_path / "frameless.mp4"), "w") as container:
+        container.add_stream("libx264", rate=8, width=32, height=32, pix_fmt="yuv420p")
+        container.start_encoding()
+    for name, says in (("cut", "cannot be read as a video"), ("text", "cannot be read as a video"), ("nothing", "cannot be read as a video"),
+                       ("gone", "cannot be read as a video"), ("sound", "has no video in it"), ("frameless", "frames|has no video|cannot be read"),
+                       ("enormous", "8208 x 16: more than 8192")):
+        with pytest.raises(ValueError, match=f"{name}.mp4.*({says})"):
+            data.read_clip(tmp_path / f"{name}.mp4", 1, (16, 16))
+    shutil.copy(tmp_path / "whole.mp4", tmp_path / "whole.txt")                 # what a file is called doesn't matter
+    write_clips(tmp_path, ["slow.mp4"], frames=4, fps=8)
+    clips = [data.read_clip(tmp_path / name, 5, (16, 16)) for name in ("whole.mp4", "whole.txt", "slow.mp4")]     # half a second each
+    assert torch.equal(clips[0], clips[1]) and clips[2].shape == clips[0].shape == (3, 5, 16, 16)
+
+
+@pytest.mark.parametrize("what", ["state", "weights", "reward", "videos", "cache"])
+def test_a_full_disk_ends_in_one_line(what, runs, tmp_path, capsys):
+    """Files may grow to 4000 bytes only, which stops writes as a full disk does."""
+    out = str(tmp_path / "run")
+    if what in ("state", "weights"):
+        script, args = train_align, replace(align_args(runs, "", n_pairs=4, steps=3, batch=2, eval_n=2, eval_steps=1), out=out, save_every=1 if what == "state" else 9)
+    elif what == "reward":
+        script, args = train_reward, train_reward.Args(model=str(runs / "base"), depth=1, n_pairs=4, steps=1, batch=2, n_eval=4, out=out)
+    else:
+        script, args = sample, sample.Args(ckpt=str(runs / "base"), steps=1, prompt=PROMPTS[:1], out=out)
+    main = (lambda args: data.save_cached(torch.zeros(100, 100), tmp_path / "x")) if what == "cache" else script.main
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            data.launch(main, script.Args, script.__doc__, shlex.split(data.command(args))[2:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(said) == 1 and re.search("written|too large", said[0]), said
+    assert not [f for f in tmp_path.rglob("*") if f.suffix in (".safetensors", ".pt")]
+
+
+def test_damaged_files_are_read_or_refused_in_one_line(good, capsys, n=12, seed=0):
+    root, readers = good
+    outcomes = {"read": 0, "refused": 0}
+    for name, read in readers.items():
+        content = (root / name).read_bytes()
+        for i in range(n):
+            (root / name).write_bytes(mutant(content, rng(name, seed, i)))
+            capsys.readouterr()
+            try:
+                read(root / name)
+                outcomes["read"] += 1
+            except (SystemExit, ValueError) as e:
+                said = capsys.readouterr().err if isinstance(e, SystemExit) else f"{e}\n"
+                assert isinstance(e, ValueError) or (e.code == 2 and said.startswith("error: ")), (name, seed, i)
+                assert said.count("\n") == 1 and len(said) > 30, (name, seed, i, said)
+                outcomes["refused"] += 1
+            finally:
+                (root / name).write_bytes(content)
+    assert min(outcomes.values()) > n, outcomes
 
 
 # ---- Wan 2.1: a tiny random pipeline of the real classes, saved by diffusers and transformers themselves ----
@@ -1150,6 +1497,16 @@ def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path):
     plain, guided = (data.read_video(tmp_path / x / "001.mp4")[0] for x in ("plain", "out"))
     assert not np.array_equal(plain, guided)
     assert np.array_equal(plain, data.read_video(tmp_path / "out/start/001.mp4")[0])      # the same noise, unguided
+
+
+def test_videoreward_labels_the_pairs_of_a_wan_and_judges_what_it_draws(wan, qwen, tmp_path, capsys):
+    judge = dict(reward=str(qwen[0] / "released"), template=str(qwen[0] / "prompt_template.py"))
+    train_align.main(wan_args(wan, "judged", loss="rwr", labels="reward", steps=2, **judge))
+    assert "3 of 3 pairs labelled by reward" in capsys.readouterr().out
+    assert len((wan / "cache/scores.jsonl").read_text().split()) >= 5           # of 5 distinct videos and prompts
+    result = sample.main(sample.Args(ckpt=str(wan / "judged"), prompt=["a dog runs"], n_per_prompt=2, frames=5, size=(32, 48),
+                                     steps=2, against="base", out=str(tmp_path / "out"), **judge))
+    assert result["n"] == 2 and result["judge"] == judge["reward"]
 
 
 def test_lora_files_of_diffusers_names_load_too(wan, tmp_path):

@@ -8,25 +8,28 @@
 Without --pairs the model is the toy of Shapes world: pairs come from its renderers, not from the model
 (off-policy, as in the paper), and are relabelled by the reward. With --pairs it is a Wan: videos and prompts are
 encoded once into --cache, and the file's own labels decide unless --labels reward asks a reward. RECIPES holds
-what differs from the paper. --resume goes on with a run that was stopped, exactly where it was. Under `torchrun
---nproc_per_node 8` each process takes its share of every step's rows, and the losses are the same.
+what differs from the paper; SYMPTOMS, what is printed when a run goes wrong. --resume goes on with a run that was
+stopped, exactly where it was. Under `torchrun --nproc_per_node 8` each process takes its share of every step's rows,
+and the losses are the same.
 """
 import copy
 import math
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm, trange
 
-from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, WanCodec, add_gradients, check_clip_args, check_out,
-                  collect, command, ctrl_c, draw_noise, embed_text, encode, fail, find, flawed_videos, gather,
-                  load_state, log, on_rank_0, overall, parse_args, prefetch, read_pairs, render_as, rng, save_state,
-                  shard, start_ranks, start_run, step_rows, toy_pairs, world_hash)
+from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, WanCodec, add_gradients, check_clip_args, check_counts,
+                  check_out, collect, command, ctrl_c, draw_noise, embed_text, encode, fail, flawed_videos, gather,
+                  launch, load_state, log, on_rank_0, overall, prefetch, read_log, read_pairs, render_as, report_pairs,
+                  rng, save_state, shard, start_ranks, start_run, step_rows, stop_broken, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora, whole
 from reward import VideoReward, load_reward, score_clean, score_videos
@@ -37,6 +40,7 @@ from sample import eval_prompts, evaluate, find_model, load_model, report, toy_v
 RECIPES = {
     #                toy                                    Wan
     "lr":           ({"dpo": 5e-4, "sft": 1e-3, "rwr": 1e-3}, 5e-6),
+    "beta":         (2000.0,                                500.0),
     "lora_rank":    (16,                                    64),
     "lora_alpha":   (32.0,                                  128.0),
     "steps":        (100,                                   None),              # None: one epoch
@@ -61,7 +65,7 @@ class Args:
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     dim_w: tuple = (1.0, 1.0, 1.0)          # weights of VQ, MQ, TA in the overall reward; 0,0,1 aligns TA alone
     n_pairs: int = 2400                     # pairs of Shapes world
-    beta: float = 500.0                     # dpo: KL strength, in units of the per-element MEAN error
+    beta: float | None = None               # dpo: KL strength, in units of the per-element MEAN error
     beta_schedule: Literal["constant", "(1-t)^2", "t^2", "(1-t)/t"] = "constant"  # dpo: beta over time
     tau: float = 1.0                        # rwr: temperature of the weights exp(r / tau)
     lora_rank: int | None = None            # 0 trains all weights against a frozen copy
@@ -99,7 +103,8 @@ def errors(model, x0, text, t, eps):
 
 
 def objective(args, model, reference, x0, text, t, eps, weight):
-    """(loss of each sample (B,), what to log of it (B, 2 or 4): t, loss[, gap of the winner, of the loser]).
+    """(loss of each sample (B,), what to log of it (B, 2 or 5): t, loss[, gap of the winner, of the loser, error of the
+    reference on the winner]).
 
     x0 (B, K, C, T, H, W): the winner first; both share t and eps. weight (B, 2): Flow-RWR's. reference: a context
     manager that gives the frozen model.
@@ -109,7 +114,7 @@ def objective(args, model, reference, x0, text, t, eps, weight):
         with torch.no_grad(), reference() as frozen:
             err_ref_w, err_ref_l = errors(frozen, x0, text, t, eps).unbind(1)
         loss = flow_dpo(err_w, err_l, err_ref_w, err_ref_l, beta_schedule(args.beta, t, args.beta_schedule))
-        return loss, torch.stack([t, loss, err_w - err_ref_w, err_l - err_ref_l], dim=1).detach()
+        return loss, torch.stack([t, loss, err_w - err_ref_w, err_l - err_ref_l, err_ref_w], dim=1).detach()
     if args.loss == "rwr":
         loss = (weight * errors(model, x0, text, t, eps)).mean(1)
     else:                                                                       # sft and pretrain: the first video
@@ -153,8 +158,9 @@ def label_pairs(args, pairs, reward):
         margin = r[:, 0] - r[:, 1]
     b_wins = (margin < 0).long()
     order = torch.stack([b_wins, 1 - b_wins], dim=1)
-    a, b = (margin > 0).float().mean(), b_wins.float().mean()
-    print(f"{len(rows)} of {len(margin)} pairs labelled by {args.labels}; A wins {a:.0%}, B {b:.0%}")
+    low, median, high = margin[rows].abs().quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    print(f"{len(rows)} of {len(margin)} pairs labelled by {args.labels}; A wins {(margin > 0).float().mean():.0%}, "
+          f"B {b_wins.float().mean():.0%}; margin {median:.2f}, of the middle 80 % {low:.2f} to {high:.2f}")
     return rows, order, None if r is None else r.gather(1, order)
 
 
@@ -208,6 +214,7 @@ def check(args):
         fail(f"--batch {args.batch} cannot be shared out evenly: take a multiple of the {WORLD} processes")
     if args.shard and (WORLD == 1 or not wan or not args.lora_rank or args.ema or args.resume):
         fail("--shard is for LoRA on a Wan under torchrun, and works without --ema and --resume")
+    check_counts(args, "n_pairs", "steps", "batch", "accumulate", "save_every", "eval_n", "eval_steps")
     if len(args.dim_w) != len(DIMS) or not any(args.dim_w):
         fail(f"--dim_w takes {len(DIMS)} numbers, not all zero, for {', '.join(DIMS)}; e.g. --dim_w 0,0,1")
     if args.loss == "rwr" and args.labels == "human":
@@ -220,8 +227,12 @@ def check(args):
             fail("--labels oracle knows Shapes world alone: with --pairs use human, the file's labels, or reward")
     if not pretrain:
         find_model(args.model)
-        if args.labels == "reward" and not wan:
-            find(args.reward, "reward.safetensors")
+        if Path(args.out).resolve() == Path(args.model).resolve():
+            fail(f"--out {args.out} is the model itself: name another folder")
+        if not wan:                                                             # small: refuse what does not fit now
+            load_model(args.model)
+            if args.labels == "reward":
+                load_reward(args.reward)
     check_out(args.out)
 
 
@@ -250,9 +261,11 @@ def main(args):
     pairs = read_pairs(args.pairs) if args.pairs else None                      # a bad file stops here
     run = start_run(args, device)
     if args.pairs:
+        report_pairs(pairs)
         pairs = encode(pairs, WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
     elif not pretrain:
         pairs = toy_pairs(args.n_pairs, "train", args.seed, judge=args.labels != "reward")
+        report_pairs(pairs, eval_prompts(args.eval_n, args.split))
     if pretrain:
         load, per_step = partial(mixture_batch, args), 2 * args.batch
         usable = torch.arange(per_step)
@@ -273,7 +286,9 @@ def main(args):
         model.compile_blocks()
     average = copy.deepcopy(model) if args.ema else None
     optimizers = make_optimizers(args, model)
-    state = {"model": model, "average": average, **{f"optimizer {i}": o for i, o in enumerate(optimizers)}}
+    stats = []                                                                  # of the steps since the last log
+    state = {"model": model, "average": average, "stats": stats}
+    state |= {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
     first = load_state(run, state) if args.resume else 0
 
     def rows(step):
@@ -286,10 +301,13 @@ def main(args):
 
     if args.pairs:
         expect_memory(args, model, pairs)
+    if args.loss == "dpo":
+        print(beta_elsewhere(args.beta, pairs.latents([0])[0, 0].numel()))
     batches = prefetch(load, ((step, ids) for step in range(first, args.steps) for ids in parts(rows(step))))
-    stats, tic = [], time.time()
+    events, tic = read_log(run), time.time()
     with ctrl_c() as stopped:
         for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=args.loss)):
+            done = step + 1
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * learning_rate_scale(args, step)
@@ -297,14 +315,24 @@ def main(args):
             if args.loss == "rwr":                                              # over the whole optimizer batch
                 weights = flow_rwr(weights.flatten(), r[rows(step)].flatten(), args.tau).view(-1, 2)
 
+            now = []
             for weight in parts(weights):
                 x0, text, t, eps, weight = (y.to(device) for y in (*next(batches), weight))
                 loss, stat = objective(args, model, reference, x0, text, t, eps, weight)
                 (loss.sum() / per_step * (WORLD if args.shard else 1)).backward()
-                stats.append(stat)
+                now += stat.tolist()
             if not args.shard:                                                  # else they are in place, as a mean
                 add_gradients(model.parameters())
-            grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            grad_norm = whole(clip_grad_norm_(model.parameters(), args.max_grad_norm))
+            stats.append(torch.tensor(collect(now)))                            # in the order of rows(step)
+            t, loss = stats[-1][:, :2].T
+            if not (loss.isfinite().all() and grad_norm.isfinite()):
+                stats.pop()
+                if not args.shard:
+                    save_state(run, step, state)                                # no weight has moved yet
+                named = [pairs.lines[i] if args.pairs else i for i in rows(step).tolist()]
+                bar.close()
+                stop_broken(run, step=done, grad_norm=grad_norm.item(), rows=named, t=t.tolist(), loss=loss.tolist())
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -314,21 +342,25 @@ def main(args):
                     for a, p in zip(average.parameters(), model.parameters()):
                         a.lerp_(p, 1 - decay)
 
-            done = step + 1
             if args.pairs and done - first == 5:
                 seconds = (time.time() - tic) / 5
                 bar.write(f"{seconds:.1f} s a step: {(args.steps - done) * seconds / 3600:.1f} hours to go")
             if done % 10 == 0 or done == args.steps:
-                event = summary(torch.cat(gather(torch.cat(stats).cpu())))
+                event = summary(torch.cat(stats))
                 shown = [k for k in ("loss", "implicit_acc", "gap_w", "gap_l") if k in event]
                 bar.set_postfix({k: f"{event[k]:.4f}" for k in shown})
-                log(run, step=done, grad_norm=float(whole(grad_norm)), seconds=round(time.time() - tic, 1), **event)
-                stats = []
+                event = {"step": done, "grad_norm": grad_norm.item(), "seconds": round(time.time() - tic, 1), **event}
+                events.append(event)
+                for verdict in diagnose(events):
+                    bar.write(f"step {done}: {verdict}")
+                log(run, **event)
+                stats.clear()
             halt = any(gather(stopped()))                                       # Ctrl-C reaches each rank when it likes
             if done < args.steps and (done % args.save_every == 0 or halt):
                 if not args.shard:
                     save_state(run, done, state)
                 if halt:
+                    bar.close()
                     fail(f"stopped after step {done}: the same command with --resume goes on from there")
     return finish(args, run, average or model, reference, reward)
 
@@ -353,15 +385,50 @@ def expect_memory(args, model, pairs):
 
 
 def summary(stats):
-    """What to log of rows (t, loss[, gap_w, gap_l]): means, implicit accuracy, margin, loss in ten bins of t."""
+    """What to log of rows (t, loss[, gap_w, gap_l, err_ref_w]): means, loss in ten bins of t; of DPO also the implicit
+    accuracy, the margin, the size of the loss's logit and its gradient factor, both as the loss itself tells them.
+    """
     t, losses = stats[:, 0], stats[:, 1]
     bins = [losses[(t * 10).long().clamp(max=9) == b] for b in range(10)]
     event = {"loss": losses.mean().item(), "loss_by_t": [x.mean().item() if len(x) else None for x in bins]}
-    if stats.shape[1] == 4:
+    if stats.shape[1] > 2:
         margin = stats[:, 3] - stats[:, 2]                                      # > 0: the pair is ranked as labelled
+        factor = -torch.expm1(-losses.clamp(min=1e-30))                         # sigmoid(-logit): 1/2 at the start
         event |= {"implicit_acc": (margin > 0).float().mean().item(), "margin": margin.mean().item(),
-                  "gap_w": stats[:, 2].mean().item(), "gap_l": stats[:, 3].mean().item()}
+                  "logit": (losses + factor.log()).abs().mean().item(), "grad_factor": factor.mean().item()}
+        event |= dict(zip(("gap_w", "gap_l", "err_ref_w"), stats[:, 2:].mean(0).tolist()))
     return event
+
+
+# ---- the doctor ----
+
+# (condition, sentence), of an event and of the run's first. Healthy runs are silent: when the toy's DPO works, the
+# size of its logits passes 0.1 within 50 steps, its gradient factor stays above 0.3, and the winner's error rises to
+# no more than 1.3 times the reference's, the loser's a little further.
+SYMPTOMS = (
+    (lambda e, first: e["step"] >= 50 and e["logit"] < 0.02,
+     "the loss is still log 2, with logits of {logit:.4f}: nothing is learnt; raise --beta or --lr"),
+    (lambda e, first: e["grad_factor"] < 0.01,
+     "saturated: the gradient has {grad_factor:.2%} of its strength left; lower --beta"),
+    (lambda e, first: e["margin"] > 0 and e["gap_w"] > 0.5 * e["err_ref_w"],
+     "the margin grows by a worse loser alone: the winner's error is {gap_w:.4f} above the reference's "
+     "{err_ref_w:.4f}; lower --lr or raise --beta"),
+    (lambda e, first: e["gap_w"] > 2 * e["err_ref_w"] or e["loss"] > 2 * first["loss"],
+     "errors explode: look at loss, gap_w and gap_l in log.jsonl; lower --lr"),
+)
+
+
+def diagnose(events):
+    """The sentences of SYMPTOMS that are true of the last of a run's events and were not of an earlier one."""
+    events = [defaultdict(lambda: math.nan, e) for e in events]                 # what is not logged compares as false
+    return [sentence.format_map(events[-1]) for true, sentence in SYMPTOMS
+            if true(events[-1], events[0]) and not any(true(e, events[0]) for e in events[:-1])]
+
+
+def beta_elsewhere(beta, size):
+    """A line that says what other repositories call this beta, for videos of size numbers."""
+    return (f"beta {beta:g} is of mean errors, with a 1/2 before it; elsewhere it is {beta / 2:g} without the 1/2, "
+            f"{beta / size:.3g} with errors summed over a video's {size:,} numbers, {beta / size / 2:.3g} with neither")
 
 
 def finish(args, run, model, reference, reward):
@@ -393,4 +460,4 @@ def finish(args, run, model, reference, reward):
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, __doc__))
+    launch(main, Args, __doc__)

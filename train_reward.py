@@ -7,12 +7,15 @@
     python train_reward.py --noisy --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --pairs prefs.csv   guidance for Wan
     python train_reward.py --eval KwaiVGI/VideoReward --template prompt_template.py --pairs videogen-rewardbench.csv
 
+--resume goes on with a run that was stopped, exactly where it was.
+
 Prints the accuracy on held-out prompts with and without ties; for the toy also the ceiling that the annotators'
 own noise leaves: the accuracy of the oracle itself against the same labels. Differences from the paper: the toy's
 labeller is a latent reward too, where the paper trains a vision-language model (Sec. 3), as --model with a Qwen2-VL
 does; --noisy follows its Table 11 (BT, one noise and t for both of a pair).
 """
 import csv
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,8 +23,9 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
-from data import (DIMS, WanCodec, check_clip_args, check_out, command, draw_noise, encode, fail, log, overall,
-                  parse_args, read_pairs, rng, start_run, step_rows, toy_pairs, with_overall, world_hash, write_json)
+from data import (DIMS, PROMPTS, WanCodec, check_clip_args, check_counts, check_out, command, ctrl_c, draw_noise,
+                  encode, fail, launch, load_state, log, overall, read_pairs, report_pairs, rng, save_state, split_of,
+                  start_run, step_rows, stop_broken, toy_pairs, with_overall, world_hash, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from reward import (LatentReward, VideoReward, accuracies, check_videos, is_qwen, is_video_reward, load_reward,
                     score_videos)
@@ -64,6 +68,8 @@ class Args:
     cache: str = "runs/cache"               # folder of what is computed once: latents of videos, scores of --eval
     seed: int = 0                           # of pairs, order and noise
     compile: bool = False                   # torch.compile the blocks of a latent reward
+    save_every: int = 500                   # steps between the states that --resume starts from
+    resume: bool = False                    # go on with the run in --out
     out: str | None = None                  # run folder; unset: runs/reward, runs/noisy or runs/eval
 
 
@@ -129,6 +135,7 @@ def check(args):
     args.out = args.out or ("runs/eval" if args.eval else "runs/noisy" if args.noisy else "runs/reward")
     if args.tie <= 1:
         fail(f"--tie {args.tie} leaves no room for ties: it must be above 1 (the paper takes 5)")
+    check_counts(args, "n_pairs", "steps", "batch", "accumulate", "save_every", "n_eval")
     check_out(args.out)
     try:
         if args.eval:
@@ -185,31 +192,45 @@ def main(args):
         if args.compile:
             reward.dit.compile_blocks()
     run = start_run(args, device)
+    held_out = [p for p in PROMPTS if split_of(p) == "eval"] if kind == "toy" else [pairs.prompts[i] for i in val_rows]
+    report_pairs(pairs.subset(train_rows), held_out)
     metadata = {"command": command(args), "seed": str(args.seed)} | ({"world": world_hash()} if kind == "toy" else {})
     optimizer = torch.optim.Adam([p for p in reward.parameters() if p.requires_grad], lr=args.lr)
     target, history = targets(args, pairs), []
+    state = {"reward": reward, "optimizer": optimizer, "history": history}
+    first = load_state(run, state) if args.resume else 0
 
-    for step in (bar := trange(args.steps, desc=f"reward {args.loss}")):
-        optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(args, step, kind)
-        rows = train_rows[step_rows(len(train_rows), args.batch, args.seed, step)]
-        labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0.0
-        for part in rows.chunk(args.accumulate):
-            with torch.autocast(device, torch.bfloat16, enabled=kind == "wan"):
-                r = pair_scores(args, reward, pairs, part, step).float()
-            share = (~target[part].isnan()).sum() / labelled                    # so that parts add up to the whole mean
-            part_loss = share.to(device) * pair_loss(args, r, target[part].to(device))
-            part_loss.backward()
-            loss += part_loss.item()
-        norm = clip_grad_norm_(reward.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append(loss)
-        if (step + 1) % 20 == 0 or step + 1 == args.steps:
-            recent = sum(history[-20:]) / len(history[-20:])
-            bar.set_postfix(loss=f"{recent:.3f}")
-            log(run, step=step + 1, loss=recent, grad_norm=norm.item())
-        if kind != "toy" and ((step + 1) % 500 == 0 or step + 1 == args.steps):  # a day's work is not left in memory
-            reward.save(run, metadata)
+    with ctrl_c() as stopped:
+        for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=f"reward {args.loss}")):
+            optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(args, step, kind)
+            rows = train_rows[step_rows(len(train_rows), args.batch, args.seed, step)]
+            labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0.0
+            for part in rows.chunk(args.accumulate):
+                with torch.autocast(device, torch.bfloat16, enabled=kind == "wan"):
+                    r = pair_scores(args, reward, pairs, part, step).float()
+                share = (~target[part].isnan()).sum() / labelled                # so that parts add up to the whole mean
+                part_loss = share.to(device) * pair_loss(args, r, target[part].to(device))
+                part_loss.backward()
+                loss += part_loss.item()
+            norm = clip_grad_norm_(reward.parameters(), 1.0)
+            if not math.isfinite(loss + norm.item()):
+                save_state(run, step, state)                                    # no weight has moved yet
+                named = [pairs.lines[i] if args.pairs else i for i in rows.tolist()]
+                times = None if kind == "qwen" else pair_noise(args, pairs, rows, step)[0].tolist()
+                bar.close()
+                stop_broken(run, step=step + 1, grad_norm=norm.item(), rows=named, t=times, loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append(loss)
+            if (step + 1) % 20 == 0 or step + 1 == args.steps:
+                recent = sum(history[-20:]) / len(history[-20:])
+                bar.set_postfix(loss=f"{recent:.3f}")
+                log(run, step=step + 1, loss=recent, grad_norm=norm.item())
+            if step + 1 < args.steps and ((step + 1) % args.save_every == 0 or stopped()):
+                save_state(run, step + 1, state)
+                if stopped():
+                    bar.close()
+                    fail(f"stopped after step {step + 1}: the same command with --resume goes on from there")
 
     reward.eval()
     val, val_rows = (toy_pairs(args.n_eval, "val", args.seed), torch.arange(args.n_eval)) if kind == "toy" else (
@@ -309,4 +330,4 @@ def print_accuracies(rows):
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, __doc__))
+    launch(main, Args, __doc__)
