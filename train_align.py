@@ -39,7 +39,7 @@ from sample import eval_prompts, evaluate, find_model, load_model, report, toy_v
 # the first was tuned on validation prompts.
 RECIPES = {
     #                toy                                    Wan
-    "lr":           ({"dpo": 5e-4, "sft": 1e-3, "rwr": 1e-3}, 5e-6),
+    "lr":           ({"dpo": 3e-4, "sft": 1e-3, "rwr": 1e-3}, 5e-6),
     "beta":         (2000.0,                                500.0),
     "lora_rank":    (16,                                    64),
     "lora_alpha":   (32.0,                                  128.0),

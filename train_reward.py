@@ -4,7 +4,7 @@
     python train_reward.py --noisy              the reward of noisy latents that guides sampling (Flow-NRG)
     python train_reward.py --loss regression    on Likert points instead of pairs (bt is the third choice)
     python train_reward.py --model Qwen/Qwen2-VL-2B-Instruct --pairs prefs.csv      the paper's VideoReward
-    python train_reward.py --noisy --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --pairs prefs.csv   guidance for Wan
+    python train_reward.py --noisy --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --pairs prefs.csv    guidance for Wan
     python train_reward.py --eval KwaiVGI/VideoReward --template prompt_template.py --pairs videogen-rewardbench.csv
 
 --resume goes on with a run that was stopped, exactly where it was.
