@@ -95,6 +95,15 @@ def add_gradients(parameters):
             s.wait()
 
 
+def shard(model):
+    """Split the weights over the ranks block by block (FSDP2): a block is whole only while it computes. A backward
+    pass then gives the mean of all ranks' gradients.
+    """
+    from torch.distributed.fsdp import fully_shard
+    for module in (*model.blocks, model):
+        fully_shard(module)
+
+
 # ---- arguments, run folders, logs: one way for all scripts ----
 
 def fail(message):
@@ -691,9 +700,9 @@ class Pairs:
         return Pairs(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
 
 
-def toy_pairs(n, split, seed):
+def toy_pairs(n, split, seed, judge=True):
     """n Pairs of Shapes world for the prompts of a split, A and B by two different renderers, labelled by the
-    annotators.
+    annotators; with judge=False they stay unlabelled, which saves most of the time.
     """
     g = rng("pairs", split, seed)
     names = [p for p in PROMPTS if split_of(p) == split]
@@ -703,6 +712,8 @@ def toy_pairs(n, split, seed):
     parts = [slice(i, i + 256) for i in range(0, n, 256)]
     videos = torch.stack([torch.cat([to_uint8(render_as(who[part], prompts[part], g)) for part in parts])
                           for who in (a, b)], dim=1)
+    if not judge:
+        return Pairs(prompts, torch.full((n, 4), torch.nan), torch.full((n, 2, 3), torch.nan), videos)
     score = torch.stack([oracle(to_float(videos[:, k]), prompts) for k in (0, 1)], dim=1)
     label, mos = annotate(score[:, 0], score[:, 1], g), likert(score, g)
     return Pairs(prompts, label, mos, videos, score)

@@ -433,13 +433,22 @@ def to_official(key):
     return rename(key, {v: k for k, v in OUTER_NAMES.items()}, {v: k for k, v in BLOCK_NAMES.items()})
 
 
+def whole(x):
+    """The tensor x put together from the shards of all processes, where it has any."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
 def save_tensors(tensors, path, metadata=None):
-    """Write tensors as safetensors, to a temporary name and then renamed: no reader meets half a file. The same
-    tensors and metadata give the same bytes.
+    """Write tensors as safetensors, to a temporary name and then renamed: no reader meets half a file.
+
+    The same tensors and metadata give the same bytes. Of several processes only the first writes; where tensors are
+    sharded all must call this, to put them together.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    tensors = {k: whole(v).detach().cpu().contiguous() for k, v in tensors.items()}
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     try:
         save_file(tensors, f"{path}.tmp", {"format": "pt", **(metadata or {})})
     except SafetensorError as e:                                                # such as a full disk

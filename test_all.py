@@ -1590,11 +1590,11 @@ SMALL = model_file.Config(dim=384, ffn_dim=2240, text_dim=512, num_heads=3, num_
 
 
 def flops(c, shape, words):
-    """(linear maps, attention) of one video's forward pass, a multiply-add being two; norms and the like are left out."""
+    """(linear maps, attention) of one video's forward pass, a multiply-add being two; norms and such are left out."""
     D, patch, S = c.dim, c.in_dim * math.prod(c.patch_size), words
     L = math.prod(shape) // patch
-    outside = 4 * L * D * patch + 2 * S * D * (c.text_dim + D)                  # patches in and out; the text's embedding
-    block = 2 * D * (6 * L * D + 2 * S * D + 2 * L * c.ffn_dim)                 # q k v o; the text's q o, k v; feed-forward
+    outside = 4 * L * D * patch + 2 * S * D * (c.text_dim + D)                  # patches in and out; the text
+    block = 2 * D * (6 * L * D + 2 * S * D + 2 * L * c.ffn_dim)                 # q k v o; the text's q o, k v; ffn
     return outside + c.num_layers * block, c.num_layers * 4 * L * (L + S) * D   # scores, and the sums they weigh
 
 
@@ -1624,7 +1624,8 @@ def contender(args, step, ours, compiled, weights, config, batch):
         add_lora(m, args.lora_rank, 2.0 * args.lora_rank)
     elif dpo:
         from peft import LoraConfig
-        m.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        m.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
+                                 target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     if args.checkpointing and ours:
         for block in m.blocks:
             block.checkpointing = True
@@ -1689,26 +1690,28 @@ def bench(args):
     import diffusers
     device, dtype, toy = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[args.dtype], args.preset == "toy"
     config, peft = SMALL if args.preset == "small" else PRESETS[args.preset], importlib.util.find_spec("peft")
-    shape = (3, args.frames, *args.size) if toy else (16, (args.frames - 1) // 4 + 1, args.size[0] // 8, args.size[1] // 8)
+    shape = (3, args.frames, *args.size) if toy else (16, (args.frames - 1) // 4 + 1, *(x // 8 for x in args.size))
     words, n = data.TEXT_LEN if toy else data.WAN_TEXT_LEN, 8192 if device == "cuda" else 2048
     torch.manual_seed(0)
     with torch.device(device):
         m = VideoDiT(config)
-        batch = (torch.randn(args.batch, 2, *shape), torch.rand(args.batch), torch.randn(args.batch, words, config.text_dim),
-                 torch.randn(args.batch, *shape))
+        batch = (torch.randn(args.batch, 2, *shape), torch.rand(args.batch),
+                 torch.randn(args.batch, words, config.text_dim), torch.randn(args.batch, *shape))
         a, b = torch.randn(2, n, n, dtype=dtype)
     fp32 = lambda k: any(part in k for part in model_file.FP32_ISLANDS)
     weights = {k: v if fp32(k) else v.to(dtype) for k, v in m.state_dict().items()}
     del m
     tokens = args.batch * math.prod(shape) // (config.in_dim * math.prod(config.patch_size))
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.preset}, {args.frames} frames of {args.size[0]} x {args.size[1]}, {tokens:,} tokens, {args.dtype}, {where}, "
-          f"torch {torch.__version__}, diffusers {diffusers.__version__}; medians of {args.rounds} turns\n\n"
-          "| step | model | s | GB | tokens/s | TFLOP/s | of matmul | time / diffusers | time / compiled diffusers |\n" + "|---" * 9 + "|")
+    print(f"{args.preset}, {args.frames} frames of {args.size[0]} x {args.size[1]}, {tokens:,} tokens, {args.dtype}, "
+          f"{where}, torch {torch.__version__}, diffusers {diffusers.__version__}; medians of {args.rounds} turns\n\n"
+          "| step | model | s | GB | tokens/s | TFLOP/s | of matmul | time / diffusers | time / compiled diffusers |\n"
+          + "|---" * 9 + "|")
     for step in args.steps:
         names = [(who, compiled) for compiled in (False, True)[:1 + args.compile] for who in ("ours", "diffusers")
                  if who == "ours" or step != "dpo" or peft]
-        runs, held = zip(*[contender(args, step, who == "ours", compiled, weights, config, batch) for who, compiled in names])
+        runs, held = zip(*[contender(args, step, who == "ours", compiled, weights, config, batch)
+                           for who, compiled in names])
         seconds, added = take_turns([*runs, lambda: a @ b], args.rounds, device)
         median, seen = np.median(seconds, axis=0), tokens * (2 if step == "dpo" else 1)
         matmul = 2e-12 * n**3 / median[-1]
@@ -1744,11 +1747,13 @@ def bench_data(args, device):
             decode = rate(lambda: data.read_clip(f"{folder}/a.mp4", args.frames, args.size), 1)
         vae = AutoencoderKLWan().to(device).eval().requires_grad_(False)        # Wan 2.1's sizes, random weights
         encode = rate(lambda: vae.encode(clip[None].to(device)), 1)
-        print(f" Videos of {args.frames} frames: {decode:.2f}/s decoded and scaled, {encode:.3f}/s through the autoencoder.", end="")
+        print(f" Videos of {args.frames} frames: {decode:.2f}/s decoded and scaled, "
+              f"{encode:.3f}/s through the autoencoder.", end="")
     print()
 
 
 if __name__ == "__main__":
     if "--bench" in sys.argv:
-        raise SystemExit(bench(data.parse_args(Bench, Bench.__doc__, [word for word in sys.argv[1:] if word != "--bench"])))
+        words = [word for word in sys.argv[1:] if word != "--bench"]
+        raise SystemExit(bench(data.parse_args(Bench, Bench.__doc__, words)))
     raise SystemExit(pytest.main([__file__, "-q"]))

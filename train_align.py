@@ -29,9 +29,9 @@ from tqdm import tqdm, trange
 from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, WanCodec, add_gradients, check_clip_args, check_counts,
                   check_out, collect, command, ctrl_c, draw_noise, embed_text, encode, fail, flawed_videos, gather,
                   launch, load_state, log, on_rank_0, overall, prefetch, read_log, read_pairs, render_as, report_pairs,
-                  rng, save_state, start_ranks, start_run, step_rows, stop_broken, toy_pairs, world_hash)
+                  rng, save_state, shard, start_ranks, start_run, step_rows, stop_broken, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
-from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora
+from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora, whole
 from reward import VideoReward, load_reward, score_clean, score_videos
 from sample import eval_prompts, evaluate, find_model, load_model, report, toy_videos
 
@@ -39,7 +39,7 @@ from sample import eval_prompts, evaluate, find_model, load_model, report, toy_v
 # the first was tuned on validation prompts.
 RECIPES = {
     #                toy                                    Wan
-    "lr":           ({"dpo": 5e-4, "sft": 1e-3, "rwr": 1e-3}, 5e-6),
+    "lr":           ({"dpo": 3e-4, "sft": 1e-3, "rwr": 1e-3}, 5e-6),
     "beta":         (2000.0,                                500.0),
     "lora_rank":    (16,                                    64),
     "lora_alpha":   (32.0,                                  128.0),
@@ -80,6 +80,7 @@ class Args:
     dtype: Literal["fp32", "bf16"] | None = None  # of the linear maps; norms, time, head and adapters are fp32
     checkpointing: bool | None = None       # activation checkpointing; unset: for a Wan
     compile: bool | None = None             # torch.compile the blocks; unset: for a Wan on CUDA
+    shard: bool = False                     # torchrun: split the weights over the GPUs (FSDP2), for what does not fit
     frames: int = 81                        # Wan: frames of each video, at 16 per second; 4k + 1
     size: tuple = (480, 832)                # Wan: height and width, multiples of 16
     cache: str = "runs/cache"               # Wan: folder of the encoded videos and prompts
@@ -211,6 +212,8 @@ def check(args):
             setattr(args, name, value[args.loss] if isinstance(value, dict) else value)
     if args.batch % WORLD:
         fail(f"--batch {args.batch} cannot be shared out evenly: take a multiple of the {WORLD} processes")
+    if args.shard and (WORLD == 1 or not wan or not args.lora_rank or args.ema or args.resume):
+        fail("--shard is for LoRA on a Wan under torchrun, and works without --ema and --resume")
     check_counts(args, "n_pairs", "steps", "batch", "accumulate", "save_every", "eval_n", "eval_steps")
     if len(args.dim_w) != len(DIMS) or not any(args.dim_w):
         fail(f"--dim_w takes {len(DIMS)} numbers, not all zero, for {', '.join(DIMS)}; e.g. --dim_w 0,0,1")
@@ -240,7 +243,8 @@ def policy_and_reference(args, device):
     """
     if args.loss == "pretrain":
         return VideoDiT(PRESETS["toy"]).to(device), None
-    start = load_model(args.model, torch.float32 if args.dtype == "fp32" else torch.bfloat16).to(device)
+    start = load_model(args.model, torch.float32 if args.dtype == "fp32" else torch.bfloat16)
+    start = start if args.shard else start.to(device)                           # sharding moves it, block by block
     if args.lora_rank:
         add_lora(start, args.lora_rank, args.lora_alpha)
         return start, lambda: lora_disabled(start)
@@ -260,7 +264,7 @@ def main(args):
         report_pairs(pairs)
         pairs = encode(pairs, WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
     elif not pretrain:
-        pairs = toy_pairs(args.n_pairs, "train", args.seed)
+        pairs = toy_pairs(args.n_pairs, "train", args.seed, judge=args.labels != "reward")
         report_pairs(pairs, eval_prompts(args.eval_n, args.split))
     if pretrain:
         load, per_step = partial(mixture_batch, args), 2 * args.batch
@@ -277,6 +281,8 @@ def main(args):
     model, reference = policy_and_reference(args, device)
     for block in model.blocks:
         block.checkpointing = args.checkpointing
+    if args.shard:
+        shard(model)
     if args.compile:
         model.compile_blocks()
     average = copy.deepcopy(model) if args.ema else None
@@ -314,15 +320,17 @@ def main(args):
             for weight in parts(weights):
                 x0, text, t, eps, weight = (y.to(device) for y in (*next(batches), weight))
                 loss, stat = objective(args, model, reference, x0, text, t, eps, weight)
-                (loss.sum() / per_step).backward()
+                (loss.sum() / per_step * (WORLD if args.shard else 1)).backward()
                 now += stat.tolist()
-            add_gradients(model.parameters())
-            grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            if not args.shard:                                                  # else they are in place, as a mean
+                add_gradients(model.parameters())
+            grad_norm = whole(clip_grad_norm_(model.parameters(), args.max_grad_norm))
             stats.append(torch.tensor(collect(now)))                            # in the order of rows(step)
             t, loss = stats[-1][:, :2].T
             if not (loss.isfinite().all() and grad_norm.isfinite()):
                 stats.pop()
-                save_state(run, step, state)                                    # no weight has moved yet
+                if not args.shard:
+                    save_state(run, step, state)                                # no weight has moved yet
                 named = [pairs.lines[i] if args.pairs else i for i in rows(step).tolist()]
                 bar.close()
                 stop_broken(run, step=done, grad_norm=grad_norm.item(), rows=named, t=t.tolist(), loss=loss.tolist())
@@ -350,7 +358,8 @@ def main(args):
                 stats.clear()
             halt = any(gather(stopped()))                                       # Ctrl-C reaches each rank when it likes
             if done < args.steps and (done % args.save_every == 0 or halt):
-                save_state(run, done, state)
+                if not args.shard:
+                    save_state(run, done, state)
                 if halt:
                     bar.close()
                     fail(f"stopped after step {done}: the same command with --resume goes on from there")
@@ -363,6 +372,8 @@ def expect_memory(args, model, pairs):
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = bytes_of(model.parameters()) * (1 if args.lora_rank else 2)       # the frozen copy
     optimizer = bytes_of(trained, 8 if not args.ema else 12)                    # gradient, two moments, average
+    if args.shard:
+        weights, optimizer = weights / WORLD, optimizer / WORLD
     shape = pairs.latents([0]).shape[3:]
     tokens = 2 * -(-args.batch // args.accumulate) * math.prod(n // p for n, p in zip(shape, c.patch_size))
     width = 2 if args.dtype == "bf16" else 4
@@ -426,7 +437,7 @@ def finish(args, run, model, reference, reward):
     model.eval()
     metadata = {"command": command(args), "seed": str(args.seed)} | ({} if args.pairs else {"world": world_hash()})
     if args.lora_rank:
-        on_rank_0(save_lora)(model, run / "lora.safetensors", metadata)
+        save_lora(model, run / "lora.safetensors", metadata)
     else:
         dtype = torch.float16 if args.loss == "pretrain" else None
         on_rank_0(model.save_pretrained)(run / "transformer", metadata, dtype)
