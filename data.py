@@ -898,7 +898,8 @@ def write_video(path, video, fps):
     T, H, W, _ = video.shape
     assert H % 2 == 0 and W % 2 == 0, f"H.264 needs even sides, not {H} x {W}"
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=int(round(fps)), options={"crf": "12"})
+        options = {"crf": "12", "mbtree": "0"}                                  # with mbtree the bytes depend on chance
+        stream = container.add_stream("libx264", rate=int(round(fps)), options=options)
         stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
         for frame in video:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")

@@ -439,7 +439,8 @@ def whole(x):
 
 
 def save_tensors(tensors, path, metadata=None):
-    """Write tensors as safetensors, to a temporary name and then renamed: no reader meets half a file.
+    """Write tensors as safetensors, to a temporary name and then renamed: no reader meets half a file. The same
+    tensors and metadata give the same bytes.
 
     Of several processes only the first writes; where tensors are sharded all must call this, to put them together.
     """
@@ -452,6 +453,12 @@ def save_tensors(tensors, path, metadata=None):
         save_file(tensors, f"{path}.tmp", {"format": "pt", **(metadata or {})})
     except SafetensorError as e:                                                # such as a full disk
         raise OSError(f"{path} cannot be written: {e}") from None
+    with open(f"{path}.tmp", "r+b") as file:                                    # safetensors shuffles metadata: sort it
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
     os.replace(f"{path}.tmp", path)
 
 

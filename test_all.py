@@ -302,11 +302,10 @@ def test_cfg_interpolates_and_extrapolates():
 
 
 def test_sampling_is_a_function_of_seed_and_index():
-    m = random_model()
-    a = sample.generate(m, PROMPTS[:3], seed=1, steps=2, batch=3)
-    assert torch.equal(a, sample.generate(m, PROMPTS[:3], seed=1, steps=2, batch=3))
-    assert torch.allclose(a, sample.generate(m, PROMPTS[:3], seed=1, steps=2, batch=2), atol=1e-5)
-    assert (a - sample.generate(m, PROMPTS[:3], seed=2, steps=2, batch=3)).abs().max() > 0.1
+    videos = lambda seed, batch: sample.toy_videos(random_model(), PROMPTS[:3], seed, steps=2, batch=batch)
+    a = videos(1, 3)
+    assert torch.equal(a, videos(1, 3)) and torch.allclose(a, videos(1, 2), atol=1e-5)
+    assert (a - videos(2, 3)).abs().max() > 0.1
 
 
 def test_win_rate_drops_exact_ties():
@@ -1011,7 +1010,7 @@ BAD = [
     (sample, "--prompt 'a dog'", "not a prompt of Shapes world"),
     (sample, "--ckpt runs/nowhere --eval 4", "does not exist"),
     (sample, "--compare {empty}", "holds no eval.json"),
-    (sample, "--compare {reward}", "takes runs of train_align.py"),
+    (sample, "--compare {broken}", "takes runs with win rates"),
     (sample, "--prompts gone.csv", "gone.csv"),
     (sample, "--prompts {twice}", "two prompts would both be"),
     (sample, "--prompts {blank}", "row 3 has no prompt"),
@@ -1047,6 +1046,7 @@ def test_bad_input_ends_in_one_line_and_status_2(script, argv, says, tmp_path, r
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text('{"args": ')
+    (tmp_path / "broken/eval.json").write_text("{}")
     (tmp_path / "twice").write_text(f"prompt\n{PROMPTS[0]}\n{PROMPTS[0]}\n")
     (tmp_path / "blank").write_text(f"prompt,x\n{PROMPTS[0]},1\n ,2\n")
     for name in ("other", "cut", "world", "pickle", "layers"):
@@ -1551,8 +1551,8 @@ def test_the_shipped_weights_are_of_this_world_small_and_good():
         metadata = model_file.read_tensors(f)[1]
         assert metadata["world"] == data.world_hash() and metadata["command"].startswith("python train_") and metadata["seed"] == "0"
     prompts = sample.eval_prompts(36)
-    default = sample.Args()
-    videos = sample.generate(sample.load_model("assets/base"), prompts, 0, default.steps, default.shift, default.cfg)
+    steps, shift, scale = (sample.RECIPES[name][0] for name in ("steps", "shift", "cfg"))
+    videos = sample.toy_videos(sample.load_model("assets/base"), prompts, 0, steps, shift, cfg_scale=scale)
     g = rng(0)
     mixed, captions, _ = data.flawed_videos(500, None, g)
     share = oracle(videos, prompts).mean(0) / oracle(mixed, captions).mean(0)

@@ -174,9 +174,7 @@ def main(args):
         return benchmark(args, load_reward(args.eval, moved, args.template).to(device), pairs)
     if kind == "wan":
         pairs = encode(pairs, WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
-    if kind == "toy":
-        pairs, train_rows = toy_pairs(args.n_pairs, "train", args.seed), torch.arange(args.n_pairs)
-    else:
+    if kind != "toy":
         train_rows, val_rows = split_prompts(args, pairs)
     if kind == "qwen":
         torch.manual_seed(args.seed)
@@ -191,6 +189,8 @@ def main(args):
             block.checkpointing = kind == "wan"
         if args.compile:
             reward.dit.compile_blocks()
+    if kind == "toy":
+        pairs, train_rows = toy_pairs(args.n_pairs, "train", args.seed), torch.arange(args.n_pairs)
     run = start_run(args, device)
     held_out = [p for p in PROMPTS if split_of(p) == "eval"] if kind == "toy" else [pairs.prompts[i] for i in val_rows]
     report_pairs(pairs.subset(train_rows), held_out)
