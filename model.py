@@ -439,10 +439,10 @@ def whole(x):
 
 
 def save_tensors(tensors, path, metadata=None):
-    """Write tensors as safetensors, to a temporary name and then renamed: no reader meets half a file.
+    """Write tensors as safetensors, to a temporary name and then renamed: no reader meets half a file. The same
+    tensors and metadata give the same bytes.
 
-    The same tensors and metadata give the same bytes. Of several processes only the first writes; where tensors are
-    sharded all must call this, to put them together.
+    Of several processes only the first writes; where tensors are sharded all must call this, to put them together.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
