@@ -971,6 +971,10 @@ class WanCodec:
         if missing:
             fail(f"{path} holds no {', '.join(missing)}: take a folder or hub repository in diffusers' layout "
                  "(Wan-AI/Wan2.1-T2V-1.3B-Diffusers, for example)")
+        try:
+            self.config = read_json(self.folder / "vae" / "config.json")
+        except ValueError as e:
+            fail(e)
 
     @torch.no_grad()
     def embed(self, prompts, batch=8):
@@ -993,9 +997,8 @@ class WanCodec:
         return pad_text(rows)
 
     def latent_shape(self, frames, size):
-        config = read_json(self.folder / "vae" / "config.json")
-        time, space = config.get("scale_factor_temporal") or 4, config.get("scale_factor_spatial") or 8
-        return config.get("z_dim", 16), (frames - 1) // time + 1, size[0] // space, size[1] // space
+        time, space = self.config.get("scale_factor_temporal") or 4, self.config.get("scale_factor_spatial") or 8
+        return self.config.get("z_dim", 16), (frames - 1) // time + 1, size[0] // space, size[1] // space
 
     def vae(self):
         """(autoencoder, mean, std): the statistics (1, C, 1, 1, 1) that its latents are normalised with."""

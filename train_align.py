@@ -362,7 +362,8 @@ def main(args):
                     save_state(run, done, state)
                 if halt:
                     bar.close()
-                    fail(f"stopped after step {done}: the same command with --resume goes on from there")
+                    fail(f"stopped after step {done}: " + ("with --shard no state is kept" if args.shard else
+                                                           "the same command with --resume goes on from there"))
     return finish(args, run, average or model, reference, reward)
 
 
