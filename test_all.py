@@ -1526,7 +1526,8 @@ def test_lora_files_of_diffusers_names_load_too(wan, tmp_path):
 # ---- what ships ----
 
 def readme_commands():
-    blocks = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    pages = (HERE / "README.md").read_text() + (HERE / "assets" / "results.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", pages, re.S)
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
