@@ -966,7 +966,11 @@ class WanCodec:
         self.folder = Path(path)
         if not self.folder.exists():
             from huggingface_hub import snapshot_download
-            self.folder = Path(snapshot_download(self.path, allow_patterns=["vae/*", "text_encoder/*", "tokenizer/*"]))
+            try:
+                wanted = ["vae/*", "text_encoder/*", "tokenizer/*"]
+                self.folder = Path(snapshot_download(self.path, allow_patterns=wanted))
+            except (OSError, ValueError) as e:
+                fail(f"{path} is no folder here and cannot be had from the hub: {e}")
         missing = [name for name in ("vae", "text_encoder", "tokenizer") if not (self.folder / name).is_dir()]
         if missing:
             fail(f"{path} holds no {', '.join(missing)}: take a folder or hub repository in diffusers' layout "

@@ -276,7 +276,10 @@ class VideoDiT(nn.Module):
         if not folder.exists():
             from huggingface_hub import snapshot_download
             wanted = ["config.json", "diffusion_pytorch_model*", "transformer/*"]
-            folder = Path(snapshot_download(str(path), allow_patterns=wanted))
+            try:
+                folder = Path(snapshot_download(str(path), allow_patterns=wanted))
+            except (OSError, ValueError) as e:
+                raise ValueError(f"{path} is no folder here and cannot be had from the hub: {e}") from None
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
         files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
         if not files or not (folder / "config.json").exists():
