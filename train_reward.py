@@ -83,16 +83,15 @@ def pair_scores(args, reward, pairs, rows, step, t=None):
         except ValueError as e:
             fail(e)
         return reward(*inputs).view(len(rows), 2, len(DIMS))
-    t, eps_a, eps_b = pair_noise(args, pairs, rows, step, t)
     x0 = pairs.latents(rows)
+    t, eps_a, eps_b = pair_noise(args, x0.shape[2:], rows, step, t)
     xt = torch.stack([mix(x0[:, 0], eps_a, t), mix(x0[:, 1], eps_b, t)], dim=1).flatten(0, 1)
     twice = lambda y: y.repeat_interleave(2, dim=0).to(device)
     return reward(xt.to(device), twice(t), twice(pairs.text(rows))).view(len(rows), 2, len(DIMS))
 
 
-def pair_noise(args, pairs, rows, step, t=None):
-    """(t, eps_a, eps_b) of a batch. t (B,): as given, or uniform for a noisy reward and 0 for a clean one."""
-    shape = pairs.latents(rows[:1]).shape[2:]
+def pair_noise(args, shape, rows, step, t=None):
+    """(t, eps_a, eps_b) of a batch of latents of this shape. t (B,): as given, or uniform for a noisy reward and 0 for a clean one."""
     drawn, eps_a = draw_noise(shape, args.seed, step, rows.tolist())
     eps_b = eps_a if args.shared_noise else draw_noise(shape, args.seed + 1, step, rows.tolist())[1]
     t = drawn if t is None and args.noisy else torch.full_like(drawn, t or 0.0)
@@ -216,7 +215,7 @@ def main(args):
             if not math.isfinite(loss + norm.item()):
                 save_state(run, step, state)                                    # no weight has moved yet
                 named = [pairs.lines[i] if args.pairs else i for i in rows.tolist()]
-                times = None if kind == "qwen" else pair_noise(args, pairs, rows, step)[0].tolist()
+                times = None if kind == "qwen" else pair_noise(args, (), rows, step)[0].tolist()
                 bar.close()
                 stop_broken(run, step=step + 1, grad_norm=norm.item(), rows=named, t=times, loss=loss)
             optimizer.step()
