@@ -111,7 +111,8 @@ def rotate(x, cos, sin):
     """x (B, L, heads, head_dim) with each neighbouring pair of channels turned by its angle; dtype of x."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                           # (B, L, heads, head_dim / 2) each
     cos, sin = cos[:, None], sin[:, None]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)
+    return torch.stack(turned, dim=-1).flatten(-2).type_as(x)
 
 
 # ---- the transformer ----
@@ -125,10 +126,14 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm computed in fp32 whatever the dtype of x."""
+    """RMS norm computed in fp32 whatever the dtype of x. As one norm and two products: F.rms_norm takes a CPU, there
+    and back, up to twice as long.
+    """
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        x = x.float()
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        return x * (self.weight.float() * torch.rsqrt(mean_square + self.eps))
 
 
 class Attention(nn.Module):
@@ -325,7 +330,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
         if self.enabled:
-            y = y + self.scale * F.linear(F.linear(x, self.lora_A.type_as(x)), self.lora_B.type_as(x))
+            y = y + F.linear(F.linear(x, (self.scale * self.lora_A).type_as(x)), self.lora_B.type_as(x))
         return y
 
 

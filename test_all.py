@@ -1650,7 +1650,7 @@ def contender(args, step, ours, compiled, weights, config, batch):
     if compiled:
         m.compile_blocks() if ours else m.compile_repeated_blocks(dynamic=False)
     trained = [p for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=x0.is_cuda)
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
 
     @contextlib.contextmanager
     def adapters_off():

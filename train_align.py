@@ -188,9 +188,9 @@ def make_optimizers(args, model):
     if args.loss == "pretrain":
         matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
         rest = [p for p in trainable if all(p is not q for q in matrices)]
-        optimizers = [torch.optim.Muon(matrices, lr=10 * args.lr), torch.optim.AdamW(rest, lr=args.lr, weight_decay=0)]
+        optimizers = [torch.optim.Muon(matrices, lr=10 * args.lr), torch.optim.AdamW(rest, lr=args.lr, weight_decay=0, fused=True)]
     else:
-        optimizers = [torch.optim.Adam(trainable, lr=args.lr, fused=trainable[0].is_cuda)]
+        optimizers = [torch.optim.Adam(trainable, lr=args.lr, fused=True)]
     for optimizer in optimizers:
         optimizer.param_groups[0]["peak"] = optimizer.param_groups[0]["lr"]
     return optimizers

@@ -194,7 +194,7 @@ def main(args):
     held_out = [p for p in PROMPTS if split_of(p) == "eval"] if kind == "toy" else [pairs.prompts[i] for i in val_rows]
     report_pairs(pairs.subset(train_rows), held_out)
     metadata = {"command": command(args), "seed": str(args.seed)} | ({"world": world_hash()} if kind == "toy" else {})
-    optimizer = torch.optim.Adam([p for p in reward.parameters() if p.requires_grad], lr=args.lr)
+    optimizer = torch.optim.Adam([p for p in reward.parameters() if p.requires_grad], lr=args.lr, fused=True)
     target, history = targets(args, pairs), []
     state = {"reward": reward, "optimizer": optimizer, "history": history}
     first = load_state(run, state) if args.resume else 0
