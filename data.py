@@ -530,6 +530,11 @@ def render_as(who, prompts, g):
     return render(attributes(prompts), defects, g)
 
 
+def clean_videos(prompts):
+    """A flawless video (n, 3, T, H, W) in [-1, 1], fp32, of each prompt."""
+    return render(attributes(prompts), torch.zeros(len(prompts), 8), rng("clean")).float()
+
+
 # ---- Shapes world: the oracle ----
 
 ORACLE_STD = (0.166, 0.272, 0.218)    # of VQ, MQ, TA over the flawed mixture: what Overall divides by
@@ -648,20 +653,23 @@ def with_overall(score):
 SHARPNESS = (1.5, 1.5, 1.5, 2.5)      # logits per standard deviation of the oracle, for VQ, MQ, TA, Overall
 
 
-def annotate(score_a, score_b, g, tie=5.0):
+def annotate(score_a, score_b, g, tie=5.0, noise=1.0):
     """Human labels (B, 4) for VQ, MQ, TA, Overall: +1 A, 0 same, -1 B, drawn from the oracle's margins by
     Rao-Kupper.
 
-    score_a, score_b: oracle scores (B, 3); g: generator. With these sharpnesses, 40 to 60 % are ties.
+    score_a, score_b: oracle scores (B, 3); g: generator; noise divides the sharpness. With noise 1, 40 to 60 % are
+    ties.
     """
-    d = (with_overall(score_a) - with_overall(score_b)) * torch.tensor(SHARPNESS)
+    d = (with_overall(score_a) - with_overall(score_b)) * torch.tensor(SHARPNESS) / noise
     u, log_tie = torch.rand(d.shape, generator=g), np.log(tie)
     return (u < torch.sigmoid(d - log_tie)).float() - (u > 1 - torch.sigmoid(-d - log_tie)).float()
 
 
-def likert(score, g):
-    """An annotator's 1 to 5 points for oracle scores (..., 3): half a point of noise, then whole points."""
-    return (1 + 4 * score + 0.5 * torch.randn(score.shape, generator=g)).round().clamp(1, 5)
+def likert(score, g, noise=1.0):
+    """An annotator's 1 to 5 points for oracle scores (..., 3): half a point of noise, or noise times that, then whole
+    points.
+    """
+    return (1 + 4 * score + 0.5 * noise * torch.randn(score.shape, generator=g)).round().clamp(1, 5)
 
 
 @dataclass
@@ -700,9 +708,9 @@ class Pairs:
         return Pairs(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
 
 
-def toy_pairs(n, split, seed, judge=True):
-    """n Pairs of Shapes world for the prompts of a split, A and B by two different renderers, labelled by the
-    annotators; with judge=False they stay unlabelled, which saves most of the time.
+def toy_pairs(n, split, seed, judge=True, noise=1.0):
+    """n Pairs of Shapes world for the prompts of a split, A and B by two different renderers, labelled by
+    annotators of this noise; with judge=False they stay unlabelled, which saves most of the time.
     """
     g = rng("pairs", split, seed)
     names = [p for p in PROMPTS if split_of(p) == split]
@@ -715,7 +723,7 @@ def toy_pairs(n, split, seed, judge=True):
     if not judge:
         return Pairs(prompts, torch.full((n, 4), torch.nan), torch.full((n, 2, 3), torch.nan), videos)
     score = torch.stack([oracle(to_float(videos[:, k]), prompts) for k in (0, 1)], dim=1)
-    label, mos = annotate(score[:, 0], score[:, 1], g), likert(score, g)
+    label, mos = annotate(score[:, 0], score[:, 1], g, noise=noise), likert(score, g, noise)
     return Pairs(prompts, label, mos, videos, score)
 
 

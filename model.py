@@ -334,6 +334,18 @@ class LoRALinear(nn.Module):
         return y
 
 
+def merge_lora(model):
+    """Fold the adapters into the weights that they adapt; returns the model, now without any."""
+    for name, m in list(model.named_modules()):
+        if isinstance(m, LoRALinear):
+            out_features, in_features = m.weight.shape
+            linear = nn.Linear(in_features, out_features, device="meta")
+            merged = m.weight.float() + m.scale * m.lora_B @ m.lora_A
+            linear.weight, linear.bias = nn.Parameter(merged.type_as(m.weight)), m.bias
+            model.set_submodule(name, linear)
+    return model.requires_grad_(False)
+
+
 def add_lora(model, rank, alpha, targets=("q", "k", "v", "o")):
     """Freeze the model and put adapters on the linear layers of its blocks with these names; returns the model.
 

@@ -613,6 +613,22 @@ def accuracies(label, d):
     return {dim: {"with": accuracy_with_ties(h, m), "without": accuracy_without_ties(h, m)} for dim, h, m in columns}
 
 
+def spread(values, digits=1):
+    """'61.2', or of several values their mean and standard deviation, '61.2 ± 0.9'."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def print_accuracies(results):
+    """Print a Markdown table of {name: [accuracies of each seed]}, in per cent, with their spread."""
+    names = (*DIMS, "Overall")
+    print("| accuracy without / with ties, % | " + " | ".join(names) + " |\n|---|" + "---|" * 4)
+    for name, seeds in results.items():                                         # empty where nothing is labelled
+        cells = [" / ".join(spread([100 * row[dim][kind] for row in seeds]) for kind in ("without", "with"))
+                 if dim in seeds[0] else "" for dim in names]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 # ---- the scores of a video, from the command line ----
 
 def toy_latents(path):

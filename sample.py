@@ -4,6 +4,7 @@
     python sample.py --ckpt runs/dpo --prompt "a red circle moving left" --nrg assets/noisy --dim_w 0.5,0.5,0
     python sample.py --nrg assets/noisy --dim_w 0,0,1 --eval 512                 win rates of guidance
     python sample.py --compare runs/sft runs/rwr runs/dpo                        one table, one picture
+    python sample.py --compare runs/beta_* --x beta --out beta.png               one figure
     python sample.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --lora lora.safetensors --prompt "a cat, asleep"
     python sample.py --ckpt runs/dpo --prompts prompts.csv --against base --reward runs/videoreward
 
@@ -12,8 +13,10 @@ t = 1 (noise) to t = 0 (data): x <- x - (t - t_next) v.
 """
 import json
 import re
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +25,11 @@ import torch
 from tqdm import tqdm
 
 from data import (DIMS, FRAMES, HERE, PROMPTS, RANK, SIZE, WORLD, ShapesCodec, WanCodec, attributes, caption_of,
-                  check_clip_args, check_counts, check_out, check_world, collect, contact_sheet, embed_text, fail,
-                  find, launch, on_rank_0, oracle, overall, read_json, read_table, rng, split_of, start_ranks,
+                  check_clip_args, check_counts, check_out, check_world, clean_videos, collect, contact_sheet,
+                  embed_text, fail, find, launch, on_rank_0, oracle, overall, read_json, read_table, rng, split_of, start_ranks,
                   start_run, to_float, to_uint8, with_overall, write_json, write_video)
-from model import VideoDiT, load_lora, lora_disabled, read_tensors, save_tensors
-from reward import LatentReward, load_reward, score_clean, score_videos
+from model import VideoDiT, load_lora, lora_disabled, merge_lora, read_tensors, save_tensors
+from reward import LatentReward, load_reward, print_accuracies, score_clean, score_videos, spread
 
 
 # ---- the sampler ----
@@ -120,7 +123,7 @@ def load_model(path, dtype=torch.float32):
     try:
         if (Path(folder) / "lora.safetensors").exists():
             start = read_json(folder / "config.json").get("args") or {}
-            model = load_lora(load_model(start.get("model"), dtype), folder / "lora.safetensors")
+            model = load_lora(merge_lora(load_model(start.get("model"), dtype)), folder / "lora.safetensors")
             return model.eval().requires_grad_(False)
         file = Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors"
         if file.exists() and "world" in (metadata := read_tensors(file)[1]):
@@ -206,18 +209,21 @@ def hacking(result):
 
 def evaluate(videos, start, prompts, reward=None):
     """Win rates on Shapes world of videos over start, made from the same noise: by the oracle, and by the reward
-    that labelled the pairs.
+    that labelled the pairs; and how much of the way from start to flawless videos the oracle's scores went.
 
-    Returns {"win_rate": {"VQ", "MQ", "TA", "Overall"}, "win_rate_reward": ditto, "oracle": mean scores,
-    "oracle_start", "look": means of look, "look_start", "n"}.
+    Returns {"win_rate": {"VQ", "MQ", "TA", "Overall"}, "win_rate_reward", "gap_closed": ditto, "oracle": mean scores,
+    "oracle_start", "oracle_clean", "look": means of look, "look_start", "n"}.
     """
-    score, score_start = oracle(videos, prompts), oracle(start, prompts)
-    result = {"win_rate": win_rates(with_overall(score)[:, :3], with_overall(score_start)[:, :3])}
+    new, old, clean = (oracle(x, prompts) for x in (videos, start, clean_videos(prompts)))
+    result = {"win_rate": win_rates(with_overall(new)[:, :3], with_overall(old)[:, :3])}
     if reward is not None:
         text = embed_text(prompts)
         result["win_rate_reward"] = win_rates(*(score_clean(reward, x, text) for x in (videos, start)))
-    for name, s in (("oracle", score), ("oracle_start", score_start)):
-        result[name] = {dim: round(s[:, k].mean().item(), 4) for k, dim in enumerate(DIMS)}
+    means = [with_overall(score).mean(0) for score in (new, old, clean)]
+    closed = ((means[0] - means[1]) / (means[2] - means[1])).tolist()
+    result["gap_closed"] = {dim: round(x, 4) for dim, x in zip((*DIMS, "Overall"), closed)}
+    for name, score in (("oracle", new), ("oracle_start", old), ("oracle_clean", clean)):
+        result[name] = {dim: round(score[:, k].mean().item(), 4) for k, dim in enumerate(DIMS)}
     return {**result, "look": look(videos), "look_start": look(start), "n": len(prompts)}
 
 
@@ -251,16 +257,27 @@ def table(results):
     return "\n".join(lines)
 
 
-def spread(values, digits=1):
-    """'61.2', or of several values their mean and standard deviation, '61.2 ± 0.9'."""
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+def score_table(results):
+    """Markdown of {name: [result of each seed]} of Shapes world: the oracle's mean scores, in brackets the share in per
+    cent of the gap from the start model to flawless videos that was closed, and the distance from the reference.
+    """
+    names, first = (*DIMS, "Overall"), next(iter(results.values()))[0]
+    plain = lambda name, scores: f"| {name} | " + " | ".join(f"{scores[dim]:.2f}" for dim in DIMS) + " | | |"
+    lines = ["| oracle's score (gap closed, %) | " + " | ".join(names) + " | distance |", "|---|" + "---|" * 5,
+             plain("start", first["oracle_start"])]
+    for run, seeds in results.items():
+        closed = {dim: "(" + spread([100 * result["gap_closed"][dim] for result in seeds], 0) + ")" for dim in names}
+        cells = [spread([result["oracle"][dim] for result in seeds], 2) + " " + closed[dim] for dim in DIMS]
+        moved = [result["distance"] for result in seeds if "distance" in result]
+        lines.append(f"| {run} | {' | '.join(cells)} | {closed['Overall']} | {spread(moved, 4) if moved else ''} |")
+    return "\n".join([*lines, plain("flawless", first["oracle_clean"])])
 
 
 def compare(runs, out):
-    """Print one table of the runs' win rates; draw their first samples side by side, after the start model's.
+    """Print tables of the runs' results; draw their first samples side by side, after the start model's.
 
-    Runs whose arguments differ in nothing but seed and folder are one row, with mean and standard deviation.
+    Runs whose arguments differ in nothing but seed and folder are one row, with mean and standard deviation. Runs of
+    train_reward.py have their accuracies at t = 0 compared.
     """
     folders, groups = [find(run, "eval.json") for run in runs], {}
     try:
@@ -269,7 +286,13 @@ def compare(runs, out):
             key = json.dumps({k: v for k, v in args.items() if k not in ("seed", "out", "resume")})
             groups.setdefault(key, []).append(folder)
         results = {group[0].name: [read_json(folder / "eval.json") for folder in group] for group in groups.values()}
+        everyone = [result for seeds in results.values() for result in seeds]
+        if all("by_t" in result for result in everyone):
+            return print_accuracies({"ceiling": [result["ceiling"] for result in everyone[:1]]} | {
+                name: [result["by_t"]["0.0"] for result in seeds] for name, seeds in results.items()})
         print(table(results))
+        if all("gap_closed" in result for result in everyone):
+            print(f"\n{score_table(results)}")
         files = [group[0] / "samples.safetensors" for group in groups.values()]
         if not all(file.exists() for file in files):                            # a Wan's videos are files of their own
             return
@@ -281,6 +304,39 @@ def compare(runs, out):
     columns += [(name, tensors["videos"]) for name, (tensors, _) in zip(results, samples)]
     contact_sheet(out, [[(f"{prompt}: {name}" if name == "start" else name, to_float(videos[i]))
                          for name, videos in columns] for i, prompt in enumerate(prompts[:6])], max_frames=4)
+    print(f"wrote {out}")
+
+
+def plot(runs, x, ys, by, out):
+    """Draw numbers ys of runs over their number x, a line for each y and each value of the numbers by; of several
+    seeds the mean and standard deviation. matplotlib is imported here alone.
+
+    A number is an argument (`beta`) or a path into eval.json (`win_rate/Overall`).
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = defaultdict(lambda: defaultdict(list))
+    for folder in (find(run, "eval.json") for run in runs):
+        try:
+            found = read_json(folder / "config.json")["args"] | read_json(folder / "eval.json")
+            number = lambda name: reduce(lambda values, key: values[key], name.split("/"), found)
+            for y in ys:
+                lines[", ".join([y, *(f"{name} {number(name)}" for name in by)])][number(x)].append(number(y))
+        except (ValueError, KeyError, TypeError) as e:
+            fail(f"{folder} has no number {e} to draw, in its arguments or its eval.json")
+    figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    for label, points in lines.items():
+        places = sorted(points)
+        axes.errorbar(places, [np.mean(points[p]) for p in places], [np.std(points[p], ddof=len(points[p]) > 1)
+                                                                     for p in places], fmt="o-", ms=4, label=label)
+    places = [p for points in lines.values() for p in points]
+    if min(places) > 0 and max(places) > 10 * min(places):
+        axes.set_xscale("log")
+    axes.set_xlabel(x)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(out, dpi=100)
     print(f"wrote {out}")
 
 
@@ -318,6 +374,9 @@ class Args:
     reward: str = ""                        # with --against: the reward that judges a Wan
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     compare: list = ()                      # run folders to compare by their eval.json; nothing is sampled
+    x: str = ""                             # with --compare: draw the numbers --y of the runs over this one
+    y: list = ("win_rate/Overall",)         # arguments, or paths into eval.json
+    by: list = ()                           # arguments that tell lines apart
     out: str = "runs/sample"                # folder for the results
 
 
@@ -393,7 +452,11 @@ def check(args):
 def main(args):
     """Sample, evaluate or compare; returns the result of evaluate, or the names of the files written."""
     if args.compare:
-        return compare(args.compare, Path(find(args.compare[-1])).parent / "compare.png")
+        folder = Path(find(args.compare[-1])).parent
+        if args.x:
+            out = args.out if args.out.endswith(".png") else folder / "plot.png"
+            return plot(args.compare, args.x, args.y, args.by, out)
+        return compare(args.compare, folder / "compare.png")
     start_ranks()
     rows, toy = check(args)
     device, path = "cuda" if torch.cuda.is_available() else "cpu", args.ckpt or args.model

@@ -26,12 +26,13 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm, trange
 
-from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, WanCodec, add_gradients, check_clip_args, check_counts,
-                  check_out, collect, command, ctrl_c, draw_noise, embed_text, encode, fail, flawed_videos, gather,
-                  launch, load_state, log, on_rank_0, overall, prefetch, read_log, read_pairs, render_as, report_pairs,
-                  rng, save_state, shard, start_ranks, start_run, step_rows, stop_broken, toy_pairs, world_hash)
+from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, Pairs, WanCodec, add_gradients, check_clip_args,
+                  check_counts, check_out, collect, command, ctrl_c, draw_noise, embed_text, encode, fail, flawed_videos,
+                  gather, launch, load_state, log, on_rank_0, oracle, overall, prefetch, read_log, read_pairs, render_as,
+                  report_pairs, rng, save_state, shard, start_ranks, start_run, step_rows, stop_broken, to_uint8,
+                  toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
-from model import PRESETS, VideoDiT, add_lora, lora_disabled, save_lora, whole
+from model import PRESETS, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, whole
 from reward import VideoReward, load_reward, score_clean, score_videos
 from sample import eval_prompts, evaluate, find_model, load_model, report, toy_videos
 
@@ -59,12 +60,13 @@ PRETRAIN = dict(lr=2e-3, lora_rank=0, lora_alpha=0.0, steps=3000, warmup=50, ema
 class Args:
     loss: Literal["dpo", "sft", "rwr", "pretrain"] = "dpo"  # the objective
     model: str = "assets/base"              # the model to align: a run folder, or a Wan folder or hub repository
-    pairs: str = ""                         # CSV or JSONL of preference pairs for a Wan; unset, Shapes world's
+    pairs: str = ""                         # CSV or JSONL for a Wan; unset, Shapes world's; generate: the toy's own videos
     labels: Literal["reward", "human", "oracle"] | None = None  # who decides the pairs; human: the file's own labels
     reward: str = "assets/reward"           # the reward that labels: a run folder, or a VideoReward for files
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     dim_w: tuple = (1.0, 1.0, 1.0)          # weights of VQ, MQ, TA in the overall reward; 0,0,1 aligns TA alone
     n_pairs: int = 2400                     # pairs of Shapes world
+    samples: int = 4                        # --pairs generate: videos per prompt, the best and the worst make a pair
     beta: float | None = None               # dpo: KL strength, in units of the per-element MEAN error
     beta_schedule: Literal["constant", "(1-t)^2", "t^2", "(1-t)/t"] = "constant"  # dpo: beta over time
     tau: float = 1.0                        # rwr: temperature of the weights exp(r / tau)
@@ -120,6 +122,22 @@ def objective(args, model, reference, x0, text, t, eps, weight):
     else:                                                                       # sft and pretrain: the first video
         loss = flow_sft(errors(model, x0[:, :1], text, t, eps)).mean(1)
     return loss, torch.stack([t, loss], dim=1).detach()
+
+
+def generated_pairs(args, reward):
+    """On-policy Pairs of Shapes world: of args.samples videos that the model at the start draws of each prompt, the best
+    is A and the worst is B, as the reward or the oracle judges.
+    """
+    model = load_model(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    prompts, n, K = eval_prompts(args.n_pairs, "train"), args.n_pairs, args.samples
+    each = [prompt for prompt in prompts for _ in range(K)]
+    videos = toy_videos(model, each, f"on-policy {args.seed}", args.eval_steps)
+    truth = oracle(videos, each)
+    score = score_clean(reward, videos, embed_text(each)) if reward else truth / torch.tensor(ORACLE_STD)
+    r = overall(score, args.dim_w).view(n, K)
+    chosen = torch.stack([r.argmax(1), r.argmin(1)], dim=1) + K * torch.arange(n)[:, None]      # (n, 2) of n * K
+    unlabelled = torch.full((n, 4), torch.nan), torch.full((n, 2, 3), torch.nan)
+    return Pairs(prompts, *unlabelled, to_uint8(videos[chosen]), truth[chosen])
 
 
 def score_pairs(args, pairs, reward):
@@ -202,9 +220,14 @@ def learning_rate_scale(args, step):
     return min(1, (step + 1) / max(args.warmup, 1)) * min(1, fall)
 
 
+def of_files(args):
+    """Whether the pairs are a file's, and the model a Wan."""
+    return args.pairs not in ("", "generate")
+
+
 def check(args):
     """Fill unset flags from the recipe and refuse what cannot work, before anything is loaded."""
-    pretrain, wan = args.loss == "pretrain", bool(args.pairs)
+    pretrain, wan = args.loss == "pretrain", of_files(args)
     recipe = {name: columns[wan] for name, columns in RECIPES.items()} | (PRETRAIN if pretrain else {})
     recipe |= dict(checkpointing=wan, compile=wan and torch.cuda.is_available(), out=f"runs/{args.loss}")
     for name, value in recipe.items():
@@ -214,11 +237,13 @@ def check(args):
         fail(f"--batch {args.batch} cannot be shared out evenly: take a multiple of the {WORLD} processes")
     if args.shard and (WORLD == 1 or not wan or not args.lora_rank or args.ema or args.resume):
         fail("--shard is for LoRA on a Wan under torchrun, and works without --ema and --resume")
-    check_counts(args, "n_pairs", "steps", "batch", "accumulate", "save_every", "eval_n", "eval_steps")
+    check_counts(args, "n_pairs", "samples", "steps", "batch", "accumulate", "save_every", "eval_n", "eval_steps")
     if len(args.dim_w) != len(DIMS) or not any(args.dim_w):
         fail(f"--dim_w takes {len(DIMS)} numbers, not all zero, for {', '.join(DIMS)}; e.g. --dim_w 0,0,1")
     if args.loss == "rwr" and args.labels == "human":
         fail("--loss rwr weighs videos by their scores and human labels have none: use --labels reward or oracle")
+    if args.pairs == "generate" and (pretrain or args.labels == "human" or args.samples < 2):
+        fail("--pairs generate takes --loss dpo, rwr or sft, --labels reward or oracle and at least --samples 2")
     if wan:
         check_clip_args(args)
         if pretrain:
@@ -246,9 +271,26 @@ def policy_and_reference(args, device):
     start = load_model(args.model, torch.float32 if args.dtype == "fp32" else torch.bfloat16)
     start = start if args.shard else start.to(device)                           # sharding moves it, block by block
     if args.lora_rank:
-        add_lora(start, args.lora_rank, args.lora_alpha)
+        add_lora(merge_lora(start), args.lora_rank, args.lora_alpha)
         return start, lambda: lora_disabled(start)
+    merge_lora(start)
     return copy.deepcopy(start).requires_grad_(True), lambda: nullcontext(start)
+
+
+@torch.no_grad()
+def distance(model, reference, videos, prompts, seed):
+    """Mean squared difference of the velocities of model and reference at noisy versions, t uniform, of the model's own
+    videos (n, 3, T, H, W): up to a factor that depends on t, the KL divergence that DPO holds down. App. B.
+    """
+    found = []
+    for part in torch.arange(len(videos)).split(64):
+        x0, text = videos[part], embed_text([prompts[i] for i in part])
+        t, eps = draw_noise(x0.shape[1:], seed, 2**31, part.tolist())
+        inputs = [y.to(next(model.parameters()).device) for y in (mix(x0, eps, t), t, text)]
+        v = model(*inputs)
+        with reference() as frozen:
+            found.append(velocity_error(v, frozen(*inputs)))
+    return torch.cat(found).mean().item()
 
 
 def main(args):
@@ -258,12 +300,13 @@ def main(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pretrain, reward = args.loss == "pretrain", None
     torch.manual_seed(args.seed)
-    pairs = read_pairs(args.pairs) if args.pairs else None                      # a bad file stops here
+    wan = of_files(args)
+    pairs = read_pairs(args.pairs) if wan else None                             # a bad file stops here
     run = start_run(args, device)
-    if args.pairs:
+    if wan:
         report_pairs(pairs)
         pairs = encode(pairs, WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
-    elif not pretrain:
+    elif not pretrain and not args.pairs:
         pairs = toy_pairs(args.n_pairs, "train", args.seed, judge=args.labels != "reward")
         report_pairs(pairs, eval_prompts(args.eval_n, args.split))
     if pretrain:
@@ -272,8 +315,10 @@ def main(args):
     else:
         if args.labels == "reward":
             reward = load_reward(args.reward, template=args.template or None).to(device)
+        if args.pairs == "generate":
+            pairs = generated_pairs(args, reward)
         usable, order, r = label_pairs(args, pairs, reward)
-        reward = None if args.pairs else reward                                 # a Wan needs its memory
+        reward = None if wan else reward                                 # a Wan needs its memory
         load = partial(pair_batch, args, pairs, order)
         per_step = 2 * args.batch if args.loss == "sft" else args.batch         # all see 2 x batch videos a step
         args.steps = args.steps or -(-len(usable) // per_step)                  # one epoch
@@ -300,7 +345,7 @@ def main(args):
         """This rank's share of a step's rows, or of their weights, in the parts that go through the model in turn."""
         return values[RANK::WORLD].split(-(-per_step // args.accumulate))
 
-    if args.pairs:
+    if wan:
         expect_memory(args, model, pairs)
     if args.loss == "dpo":
         print(beta_elsewhere(args.beta, pairs.latents([0])[0, 0].numel()))
@@ -331,7 +376,7 @@ def main(args):
                 stats.pop()
                 if not args.shard:
                     save_state(run, step, state)                                # no weight has moved yet
-                named = [pairs.lines[i] if args.pairs else i for i in rows(step).tolist()]
+                named = [pairs.lines[i] if wan else i for i in rows(step).tolist()]
                 bar.close()
                 stop_broken(run, step=done, grad_norm=grad_norm.item(), rows=named, t=t.tolist(), loss=loss.tolist())
             for optimizer in optimizers:
@@ -343,7 +388,7 @@ def main(args):
                     for a, p in zip(average.parameters(), model.parameters()):
                         a.lerp_(p, 1 - decay)
 
-            if args.pairs and done - first == 5:
+            if wan and done - first == 5:
                 seconds = (time.time() - tic) / 5
                 bar.write(f"{seconds:.1f} s a step: {(args.steps - done) * seconds / 3600:.1f} hours to go")
             if done % 10 == 0 or done == args.steps:
@@ -436,13 +481,13 @@ def beta_elsewhere(beta, size):
 def finish(args, run, model, reference, reward):
     """Save the model; evaluate a toy: against the start model, or, pretrained, against the videos it learnt from."""
     model.eval()
-    metadata = {"command": command(args), "seed": str(args.seed)} | ({} if args.pairs else {"world": world_hash()})
+    metadata = {"command": command(args), "seed": str(args.seed)} | ({} if of_files(args) else {"world": world_hash()})
     if args.lora_rank:
         save_lora(model, run / "lora.safetensors", metadata)
     else:
         dtype = torch.float16 if args.loss == "pretrain" else None
         on_rank_0(model.save_pretrained)(run / "transformer", metadata, dtype)
-    if args.pairs:
+    if of_files(args):
         peak = torch.cuda.max_memory_allocated() if next(model.parameters()).is_cuda else None
         print("" if peak is None else f"peak memory {peak / 1e9:.1f} GB; ", end="")
         print(f"wrote {run}; see and judge it: python sample.py --ckpt {run} --prompts prompts.csv --against base")
@@ -457,6 +502,8 @@ def finish(args, run, model, reference, reward):
         with reference() as start:
             start_videos = toy_videos(start, prompts, args.seed, args.eval_steps)
     result = evaluate(videos, start_videos, prompts, reward)
+    if reference:
+        result["distance"] = distance(model, reference, videos, prompts, args.seed)
     report(run, result, prompts, videos, start_videos)
     return result
 

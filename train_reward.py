@@ -28,7 +28,7 @@ from data import (DIMS, PROMPTS, WanCodec, check_clip_args, check_counts, check_
                   start_run, step_rows, stop_broken, toy_pairs, with_overall, world_hash, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from reward import (LatentReward, VideoReward, accuracies, check_videos, is_qwen, is_video_reward, load_reward,
-                    score_videos)
+                    print_accuracies, score_videos)
 from sample import load_model, origin
 
 # What unset flags fall to. Of Qwen2-VL and Wan they are the paper's (Table 11), where unset steps make two epochs;
@@ -53,6 +53,7 @@ class Args:
     depth: int | None = None                # how many of them
     pairs: str | None = None                # CSV or JSONL of labelled pairs of video files; unset: Shapes world
     n_pairs: int = 24000                    # training pairs of Shapes world
+    label_noise: float = 1.0                # noise of the annotators of these, in units of the held-out pairs'
     eval: str | None = None                 # evaluate this reward instead; --model: its Qwen2-VL, if moved
     template: str | None = None             # the authors' prompt_template.py; their checkpoint needs it
     reward_token: Literal["special", "last", "mean"] = "special"  # where Qwen2-VL is read; last: Table 6, row III
@@ -134,6 +135,8 @@ def check(args):
     args.out = args.out or ("runs/eval" if args.eval else "runs/noisy" if args.noisy else "runs/reward")
     if args.tie <= 1:
         fail(f"--tie {args.tie} leaves no room for ties: it must be above 1 (the paper takes 5)")
+    if args.label_noise <= 0:
+        fail(f"--label_noise {args.label_noise}: give a number above 0")
     check_counts(args, "n_pairs", "steps", "batch", "accumulate", "save_every", "n_eval")
     check_out(args.out)
     try:
@@ -189,7 +192,8 @@ def main(args):
         if args.compile:
             reward.dit.compile_blocks()
     if kind == "toy":
-        pairs, train_rows = toy_pairs(args.n_pairs, "train", args.seed), torch.arange(args.n_pairs)
+        pairs = toy_pairs(args.n_pairs, "train", args.seed, noise=args.label_noise)
+        train_rows = torch.arange(args.n_pairs)
     run = start_run(args, device)
     held_out = [p for p in PROMPTS if split_of(p) == "eval"] if kind == "toy" else [pairs.prompts[i] for i in val_rows]
     report_pairs(pairs.subset(train_rows), held_out)
@@ -243,7 +247,7 @@ def main(args):
     else:                                       # measured on the same prompts: the constants only weigh Overall
         r = (r - reward.mean.cpu()) / reward.std.cpu()
         result = {"n": len(val_rows), "reward": pair_accuracies(val.label[val_rows], r)}
-        print_accuracies({"reward": result["reward"]})
+        print_accuracies({"reward": [result["reward"]]})
     result |= {"loss_first": history[0], "loss_last": recent}
     write_json(run / "eval.json", result)
     return result
@@ -268,15 +272,33 @@ def pair_accuracies(label, r):
 
 
 def evaluate_toy(args, reward):
-    """Accuracies on held-out prompts at t = 0, and over t for a noisy reward, beside the oracle's on these labels."""
+    """Accuracies on held-out prompts at t = 0, and over t for a noisy reward, beside the oracle's on these labels;
+    and, at t = 0, how far apart the scores of tied and of other pairs are.
+    """
     pairs = toy_pairs(args.n_eval, "eval", args.seed)
     truth = with_overall(pairs.score[:, 0]) - with_overall(pairs.score[:, 1])
     result = {"ceiling": accuracies(pairs.label, truth), "n": args.n_eval, "by_t": {}}
     for t in (0.0, 0.25, 0.5, 0.75, 0.9) if args.noisy else (0.0,):
         r = (score_pairs(args, reward, pairs, torch.arange(args.n_eval), t) - reward.mean.cpu()) / reward.std.cpu()
         result["by_t"][str(t)] = pair_accuracies(pairs.label, r)
-    print_accuracies({"ceiling": result["ceiling"]} | {f"reward at t = {t}": row for t, row in result["by_t"].items()})
+        if t == 0:
+            result["differences"] = differences(pairs.label[:, :3], (r[:, 0] - r[:, 1]).abs())
+    rows = {"ceiling": result["ceiling"]} | {f"reward at t = {t}": row for t, row in result["by_t"].items()}
+    print_accuracies({name: [row] for name, row in rows.items()})
     return result
+
+
+def differences(label, gap):
+    """{dimension: {"tied", "other": quartiles of the score differences gap (n, 3) of pairs labelled so, "separation":
+    how often a tied pair's gap is the smaller one of a tied and another pair's}}. Fig. 3 of the paper in numbers.
+    """
+    found = {}
+    for dim, h, g in zip(DIMS, label.T, gap.T):
+        tied, other = g[h == 0], g[h.abs() == 1]
+        quartiles = {name: [round(x, 3) for x in y.quantile(torch.tensor([.25, .5, .75])).tolist()]
+                     for name, y in (("tied", tied), ("other", other)) if len(y)}
+        found[dim] = quartiles | {"separation": (tied[:, None] < other).float().mean().item()}
+    return found
 
 
 def benchmark(args, reward, pairs):
@@ -297,7 +319,8 @@ def benchmark(args, reward, pairs):
             table = "GenAI-Bench"
             rows["reward, TA alone"] = result["TA alone"] = pair_accuracies(pairs.label, r[..., 2:].expand_as(r))
         paper = {dim: dict(zip(("without", "with"), pair)) for dim, pair in PAPER[table].items()}
-        print_accuracies(rows | {f"the paper's, {table}": paper})
+        rows[f"the paper's, {table}"] = paper
+        print_accuracies({name: [row] for name, row in rows.items()})
     run = start_run(args, reward.mean.device)
     write_json(run / "eval.json", result)
     if pairs:
@@ -316,16 +339,6 @@ def write_scores(path, pairs, r):
         table.writerow(["path_A", "path_B", "prompt", *names, *scores])
         for pair, prompt, label, scores in zip(pairs.paths, pairs.prompts, pairs.label.tolist(), r):
             table.writerow([*pair, prompt, *(words.get(x, "") for x in label), *(f"{x:.4f}" for x in scores)])
-
-
-def print_accuracies(rows):
-    """Print a Markdown table of accuracies {name: {dimension: {"without": .., "with": ..}}}."""
-    names = (*DIMS, "Overall")
-    print("| accuracy without / with ties, % | " + " | ".join(names) + " |\n|---|" + "---|" * 4)
-    for name, row in rows.items():                                              # empty where nothing is labelled
-        cells = [f"{100 * row[dim]['without']:.1f} / {100 * row[dim]['with']:.1f}" if dim in row else ""
-                 for dim in names]
-        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
