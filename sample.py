@@ -7,10 +7,12 @@
     python sample.py --compare runs/beta_* --x beta --out beta.png               one figure
     python sample.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --lora lora.safetensors --prompt "a cat, asleep"
     python sample.py --ckpt runs/dpo --prompts prompts.csv --against base --reward runs/videoreward
+    python sample.py --ckpt runs/dpo --prompts train.csv --n_per_prompt 4 --reward runs/videoreward   on-policy pairs
 
 A velocity is a function of (x, t), t a number; cfg and nrg take velocities and return one. Sampling runs from
 t = 1 (noise) to t = 0 (data): x <- x - (t - t_next) v.
 """
+import csv
 import json
 import re
 from collections import defaultdict
@@ -107,14 +109,15 @@ def origin(path):
     An aligned run names in its config.json the model that it started from; a toy's weights name their world.
     """
     folder = Path(find_model(path))
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     try:
         args = read_json(folder / "config.json").get("args") if (folder / "config.json").exists() else None
+        toy = file.exists() and "world" in read_tensors(file)[1]
     except ValueError as e:
         fail(e)
     if isinstance(args, dict) and args.get("loss") != "pretrain":
         return origin(args.get("model"))
-    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    return str(folder), file.exists() and "world" in read_tensors(file)[1]
+    return str(folder), toy
 
 
 def load_model(path, dtype=torch.float32):
@@ -371,7 +374,7 @@ class Args:
     eval: int = 0                           # toy: instead of writing videos, win rates on this many held-out draws
     split: str = "eval"                     # toy, with --eval: prompts to draw, eval or val
     against: str = ""                       # model to compare with; base: without adapters; toy, unset: unguided
-    reward: str = ""                        # with --against: the reward that judges a Wan
+    reward: str = ""                        # the reward that judges a Wan: --against another, or the best --n_per_prompt
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     compare: list = ()                      # run folders to compare by their eval.json; nothing is sampled
     x: str = ""                             # with --compare: draw the numbers --y of the runs over this one
@@ -439,8 +442,8 @@ def check(args):
         check_clip_args(args)
         if args.eval:
             fail("--eval draws prompts of Shapes world: for a Wan give --prompts FILE --against base --reward RUN")
-        if args.reward and not args.against:
-            fail("--reward judges a comparison: add --against base, or another model")
+        if args.reward and not args.against and args.n_per_prompt < 2:
+            fail("--reward judges a comparison or picks the best of several: add --against base or --n_per_prompt 4")
         if shared := args.against and trained_on(args.ckpt) & {row["prompt"].strip() for row in rows}:
             print(f"{len(shared)} of the prompts are in the pairs that {args.ckpt} saw: win rates on them flatter it")
     if args.lora and not Path(args.lora).is_file():
@@ -497,8 +500,11 @@ def main(args):
                                                           codec.fps, toy)
         if args.reward:
             judge = load_reward(args.reward, template=args.template or None)
-            r, r_start = (on_rank_0(judged)(judge, folder, names, x, prompts, codec)
-                          for folder, x in ((run, latents), (run / "start", start_latents)))
+            r = on_rank_0(judged)(judge, run, names, latents, prompts, codec)
+            if args.n_per_prompt > 1:
+                on_rank_0(write_pairs)(run / "pairs.csv", names, prompts, overall(r), args.n_per_prompt)
+        if args.reward and args.against:
+            r_start = on_rank_0(judged)(judge, run / "start", names, start_latents, prompts, codec)
             result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "look": looks, "look_start": start_looks,
                       "n": len(prompts)}
             on_rank_0(write_json)(run / "eval.json", result)
@@ -537,6 +543,17 @@ def judged(reward, folder, names, latents, prompts, codec):
     if isinstance(reward, LatentReward):
         return score_clean(reward, latents, codec.embed(prompts))
     return score_videos(reward, [folder / f"{name}.mp4" for name in names], prompts, folder / "scores.jsonl")
+
+
+def write_pairs(path, names, prompts, r, n):
+    """Write on-policy pairs for train_align.py: of the n videos of each prompt the best and the worst by rewards r."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt", "chosen", "rejected"])
+        for i in range(0, len(names), n):
+            best, worst = i + r[i:i + n].argmax().item(), i + r[i:i + n].argmin().item()
+            table.writerow([prompts[i], f"{names[best]}.mp4", f"{names[worst]}.mp4"])
+    print(f"the best and the worst of each prompt: train_align.py --pairs {path}")
 
 
 if __name__ == "__main__":

@@ -366,6 +366,16 @@ def test_annotators_tie_as_often_as_people_and_mostly_agree_with_the_oracle():
     assert torch.equal(pairs.videos, again.videos) and torch.equal(pairs.label, again.label)
 
 
+def test_label_noise_blurs_labels_and_points():
+    right, error = {}, {}
+    for noise in (0.1, 1.0, 10.0):
+        pairs = data.toy_pairs(400, "train", seed=0, noise=noise)
+        d = pairs.score[:, 0, 1] - pairs.score[:, 1, 1]
+        right[noise] = reward.accuracy_without_ties(pairs.label[:, 1], d)
+        error[noise] = (pairs.mos - (1 + 4 * pairs.score)).abs().mean().item()
+    assert right[0.1] > 0.94 > right[1.0] > 0.75 > right[10.0] and error[0.1] < 0.3 < error[1.0] < 1 < error[10.0]
+
+
 def test_noise_and_order_are_functions_of_seed_step_and_sample():
     t, eps = data.draw_noise((3, 2), 0, 5, [7, 8, 9])
     t2, eps2 = data.draw_noise((3, 2), 0, 5, [9])
@@ -946,6 +956,76 @@ def test_human_labels_decide_by_sign_and_drop_ties():
     assert len(rows) == 60 and (r[:, 0] >= r[:, 1]).all()
 
 
+def test_on_policy_pairs_are_the_best_and_worst_of_the_models_own_videos_round_after_round(runs):
+    args = align_args(runs, "round1", pairs="generate", labels="oracle", n_pairs=6, samples=3, steps=4)
+    pairs = train_align.generated_pairs(args, None)
+    assert {data.split_of(prompt) for prompt in pairs.prompts} == {"train"}
+    own = sample.toy_videos(sample.load_model(runs / "base"), [p for p in pairs.prompts for _ in range(3)], "on-policy 0", 2)
+    r = data.with_overall(oracle(own, [p for p in pairs.prompts for _ in range(3)]))[:, 3].view(6, 3)
+    own = to_uint8(own).view(6, 3, *own.shape[1:])
+    for i in range(6):
+        assert torch.equal(pairs.videos[i], own[i, [r[i].argmax(), r[i].argmin()]])
+    train_align.main(args)
+    again = replace(args, model=str(runs / "round1"), out=str(runs / "round2"))
+    result = train_align.main(again)
+    assert result["distance"] > 0
+    m, start = sample.load_model(runs / "round2"), sample.load_model(runs / "round1")
+    xt, t, text = torch.randn(2, 3, 8, 24, 24), torch.rand(2), torch.randn(2, 8, 32)
+    with lora_disabled(m):                                                      # the second round's start is the first's end
+        assert torch.allclose(m(xt, t, text), start(xt, t, text), atol=1e-5)
+    assert not torch.allclose(m(xt, t, text), start(xt, t, text), atol=1e-5)
+    assert sample.main(sample.Args(ckpt=str(runs / "round2"), cfg=1.0, steps=2, against=str(runs / "base"), eval=4, out=str(runs / "rounds")))["n"] == 4
+
+
+def test_the_distance_is_the_mean_squared_difference_of_velocities():
+    still = torch.nn.Linear(1, 1)
+    still.forward = lambda xt, t, text: xt
+    moved = torch.nn.Linear(1, 1)
+    moved.forward = lambda xt, t, text: xt + 3 * t.view(-1, 1, 1, 1, 1)
+    videos, reference = torch.zeros(100, 3, 2, 2, 2), lambda: contextlib.nullcontext(still)
+    assert train_align.distance(still, reference, videos, PROMPTS * 2, 0) == 0
+    t, _ = data.draw_noise((), 0, 2**31, list(range(100)))
+    assert train_align.distance(moved, reference, videos, PROMPTS * 2, 0) == pytest.approx(9 * t.square().mean().item(), rel=1e-5)
+
+
+def test_flawless_videos_close_the_whole_gap_and_the_start_none_of_it():
+    prompts, g = PROMPTS[:36], rng(0)
+    flawed = data.render_as(torch.arange(36) % 12, prompts, g).float()
+    clean = render(attributes(prompts), torch.zeros(36, len(DEFECTS)), g).float()
+    result = sample.evaluate(clean, flawed, prompts)
+    assert all(x == pytest.approx(1, abs=0.03) for x in result["gap_closed"].values())
+    assert set(sample.evaluate(flawed, flawed, prompts)["gap_closed"].values()) == {0.0}
+    half = torch.cat([clean[:18], flawed[18:]])
+    start, end, way = (result[name]["TA"] for name in ("oracle_start", "oracle_clean", "oracle"))
+    part = sample.evaluate(half, flawed, prompts)
+    assert part["gap_closed"]["TA"] == pytest.approx((part["oracle"]["TA"] - start) / (end - start), abs=1e-3) and way == pytest.approx(end, abs=0.01)
+    assert "| flawless | " in sample.score_table({"half": [part]}) and "| half | " in sample.score_table({"half": [part, part]})
+
+
+def test_score_differences_separate_ties_from_preferences():
+    label = torch.tensor([[0.0, 1.0, -1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [-1.0, 0.0, 0.0]])
+    gap = torch.tensor([[0.1, 0.1, 3.0], [0.3, 0.2, 1.0], [0.2, 0.3, 2.0], [0.4, 0.4, 1.0]])
+    found = train_reward.differences(label, gap)
+    assert [found[dim]["separation"] for dim in DIMS] == [0.75, 0.25, 1.0]
+    assert found["VQ"]["tied"] == [0.15, 0.2, 0.25] and found["TA"]["other"] == [2.25, 2.5, 2.75]
+
+
+def test_numbers_of_runs_are_drawn_and_a_wrong_name_ends_in_one_line(runs, capsys):
+    common = dict(ckpt=str(runs / "base"), steps=1, nrg=str(runs / "noisy"), eval=4)
+    for scale in (1.0, 30.0):
+        sample.main(sample.Args(**common, rg_scale=scale, out=str(runs / f"scale{scale:g}")))
+    args = sample.Args(compare=[str(runs / "scale1"), str(runs / "scale30")], x="rg_scale", y=["win_rate/VQ", "oracle/VQ"], by=["steps"],
+                       out=str(runs / "drawn.png"))
+    sample.main(args)
+    assert (runs / "drawn.png").read_bytes()[:4] == b"\x89PNG"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        sample.main(replace(args, y=["win_rate/XQ"]))
+    assert e.value.code == 2 and "has no number 'XQ'" in capsys.readouterr().err
+    sample.main(sample.Args(compare=[str(runs / "reward"), str(runs / "noisy")]))
+    assert re.search(r"ceiling.*\n\| reward \|.*\n\| noisy \|", capsys.readouterr().out)
+
+
 def test_sample_writes_videos_guides_evaluates_and_compares(runs):
     common = dict(ckpt=str(runs / "base"), steps=3)
     sample.main(sample.Args(**common, prompt=["a red circle moving left"], n_per_prompt=2, cfg=2.0, nrg=str(runs / "noisy"), out=str(runs / "videos")))
@@ -1013,6 +1093,7 @@ BAD = [
     (sample, "", "nothing to draw"),
     (sample, "--prompt 'a dog'", "not a prompt of Shapes world"),
     (sample, "--ckpt runs/nowhere --eval 4", "does not exist"),
+    (sample, "--model {cut} --eval 4", "cannot be read as safetensors"),
     (sample, "--compare {empty}", "holds no eval.json"),
     (sample, "--compare {broken}", "takes runs with win rates"),
     (sample, "--prompts gone.csv", "gone.csv"),
@@ -1026,6 +1107,9 @@ BAD = [
     (train_align, "--model {layers}", "num_layers = 0 in config.json makes no model"),
     (train_align, "--resume --out {broken}", "config.json cannot be read as JSON"),
     (train_align, "--pairs gone.csv", "gone.csv"),
+    (train_align, "--pairs generate --labels human", "--labels reward or oracle"),
+    (train_align, "--pairs generate --samples 1", "at least --samples 2"),
+    (train_reward, "--label_noise 0", "above 0"),
     (train_align, "--pairs {file}", "holds no pairs"),
     (train_align, "--pairs {blank}", "understood are"),
     (train_align, "--pairs pairs.parquet", "python -c"),
@@ -1499,7 +1583,7 @@ def test_wan_is_sampled_side_by_side_under_the_names_that_vbench_expects(wan, tm
     assert frames.shape == (5, 32, 48, 3) and fps == 16
 
 
-def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path):
+def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path, capsys):
     train_reward.main(train_reward.Args(noisy=True, model=str(wan), pairs=str(wan / "pairs.csv"), frames=5, size=(32, 48),
                                         cache=str(wan / "cache"), depth=1, steps=4, batch=2, accumulate=2, lr=1e-3,
                                         out=str(tmp_path / "noisy")))
@@ -1512,6 +1596,13 @@ def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path):
     plain, guided = (data.read_video(tmp_path / x / "001.mp4")[0] for x in ("plain", "out"))
     assert not np.array_equal(plain, guided)
     assert np.array_equal(plain, data.read_video(tmp_path / "out/start/001.mp4")[0])      # the same noise, unguided
+    pairs = data.read_pairs(tmp_path / "out/pairs.csv")
+    assert pairs.label[0, 3] == 1 and {path.name for path in pairs.paths[0]} == {"000.mp4", "001.mp4"}
+    sample.write_pairs(tmp_path / "best.csv", list("abcdef"), ["x"] * 3 + ["y"] * 3, torch.tensor([1.0, 3, 2, 6, 5, 4]), 3)
+    assert (tmp_path / "best.csv").read_text().split() == ["prompt,chosen,rejected", "x,b.mp4,a.mp4", "y,d.mp4,f.mp4"]
+    with pytest.raises(SystemExit) as e:
+        train_align.main(train_align.Args(model=str(wan), pairs="generate", out=str(tmp_path / "no")))
+    assert e.value.code == 2 and "is no toy of Shapes world" in capsys.readouterr().err
 
 
 def test_videoreward_labels_the_pairs_of_a_wan_and_judges_what_it_draws(wan, qwen, tmp_path, capsys):

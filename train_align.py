@@ -34,7 +34,7 @@ from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, Pairs, WanCodec, add
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, whole
 from reward import VideoReward, load_reward, score_clean, score_videos
-from sample import eval_prompts, evaluate, find_model, load_model, report, toy_videos
+from sample import eval_prompts, evaluate, find_model, load_model, origin, report, toy_videos
 
 # What unset flags fall to. The second column is the paper's Table 10, which has one recipe for all three losses;
 # the first was tuned on validation prompts.
@@ -255,6 +255,9 @@ def check(args):
         if Path(args.out).resolve() == Path(args.model).resolve():
             fail(f"--out {args.out} is the model itself: name another folder")
         if not wan:                                                             # small: refuse what does not fit now
+            if not origin(args.model)[1]:
+                fail(f"{args.model} is no toy of Shapes world: --pairs takes a file of pairs, and sample.py --n_per_prompt 4 "
+                     "--reward RUN makes one of its own videos")
             load_model(args.model)
             if args.labels == "reward":
                 load_reward(args.reward)
