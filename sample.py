@@ -14,6 +14,7 @@ t = 1 (noise) to t = 0 (data): x <- x - (t - t_next) v.
 """
 import csv
 import json
+import math
 import re
 from collections import defaultdict
 from contextlib import nullcontext
@@ -30,7 +31,7 @@ from data import (DIMS, FRAMES, HERE, PROMPTS, RANK, SIZE, WORLD, ShapesCodec, W
                   check_clip_args, check_counts, check_out, check_world, clean_videos, collect, contact_sheet,
                   embed_text, fail, find, launch, on_rank_0, oracle, overall, read_json, read_table, rng, split_of, start_ranks,
                   start_run, to_float, to_uint8, with_overall, write_json, write_video)
-from model import VideoDiT, load_lora, lora_disabled, merge_lora, read_tensors, save_tensors
+from model import VideoDiT, choose_attention, load_lora, lora_disabled, merge_lora, read_tensors, save_tensors
 from reward import LatentReward, load_reward, print_accuracies, score_clean, score_videos, spread
 
 
@@ -473,6 +474,9 @@ def main(args):
     model.to(device)
     guide = LatentReward.from_pretrained(args.nrg).to(device) if args.nrg else None
     codec = ShapesCodec() if toy else WanCodec(origin(path)[0], device)
+    if device == "cuda" and not toy:
+        grid = zip(codec.latent_shape(args.frames, args.size)[1:], model.config.patch_size)
+        print(choose_attention(model.config, math.prod(n // p for n, p in grid), device, dtype))
     run, ratios = start_run(args, device), []
     prompts = [row["prompt"] for row in rows for _ in range(args.n_per_prompt)] or eval_prompts(args.eval, args.split)
     settings = dict(codec=codec, prompts=prompts, seed=args.seed, ts=timesteps(args.steps, args.shift),

@@ -366,6 +366,22 @@ def test_annotators_tie_as_often_as_people_and_mostly_agree_with_the_oracle():
     assert torch.equal(pairs.videos, again.videos) and torch.equal(pairs.label, again.label)
 
 
+def test_winner_and_loser_one_after_the_other_give_the_same_gradient():
+    m, g = random_model(), torch.Generator().manual_seed(0)
+    x0, (eps, t, text) = torch.randn(2, 2, 3, 4, 8, 8, generator=g), random_batch()
+    grads = []
+    for together in (True, False):
+        err = train_align.errors(m, x0, text, t, eps, together)
+        assert err.shape == (2, 2)
+        grads.append((err, *torch.autograd.grad((err[:, 0] - 2 * err[:, 1]).sum(), list(m.parameters()))))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*grads))
+
+
+def test_the_attention_that_is_there_stays_on():
+    said = model_file.choose_attention(TINY, 64, "cpu", torch.float32)
+    assert re.fullmatch(r"attention: flash \d+\.\d ms", said) and torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_label_noise_blurs_labels_and_points():
     right, error = {}, {}
     for noise in (0.1, 1.0, 10.0):
@@ -1805,10 +1821,12 @@ def bench(args):
         batch = (torch.randn(args.batch, 2, *shape), torch.rand(args.batch),
                  torch.randn(args.batch, words, config.text_dim), torch.randn(args.batch, *shape))
         a, b = torch.randn(2, n, n, dtype=dtype)
+    tokens = args.batch * math.prod(shape) // (config.in_dim * math.prod(config.patch_size))
+    if device == "cuda":
+        print(model_file.choose_attention(config, tokens // args.batch, device), end="\n\n")
     fp32 = lambda k: any(part in k for part in model_file.FP32_ISLANDS)
     weights = {k: v if fp32(k) else v.to(dtype) for k, v in m.state_dict().items()}
     del m
-    tokens = args.batch * math.prod(shape) // (config.in_dim * math.prod(config.patch_size))
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{args.preset}, {args.frames} frames of {args.size[0]} x {args.size[1]}, {tokens:,} tokens, {args.dtype}, "
           f"{where}, torch {torch.__version__}, diffusers {diffusers.__version__}; medians of {args.rounds} turns\n\n"

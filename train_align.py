@@ -32,7 +32,7 @@ from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, Pairs, WanCodec, add
                   report_pairs, rng, save_state, shard, start_ranks, start_run, step_rows, stop_broken, to_uint8,
                   toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
-from model import PRESETS, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, whole
+from model import PRESETS, VideoDiT, add_lora, choose_attention, lora_disabled, merge_lora, save_lora, whole
 from reward import VideoReward, load_reward, score_clean, score_videos
 from sample import eval_prompts, evaluate, find_model, load_model, origin, report, toy_videos
 
@@ -81,6 +81,7 @@ class Args:
     ema: float | None = None                # decay of the averaged weights that are saved; 0 is off
     dtype: Literal["fp32", "bf16"] | None = None  # of the linear maps; norms, time, head and adapters are fp32
     checkpointing: bool | None = None       # activation checkpointing; unset: for a Wan
+    together: bool | None = None            # both videos of a pair in one forward pass; unset: where memory allows
     compile: bool | None = None             # torch.compile the blocks; unset: for a Wan on CUDA
     shard: bool = False                     # torchrun: split the weights over the GPUs (FSDP2), for what does not fit
     frames: int = 81                        # Wan: frames of each video, at 16 per second; 4k + 1
@@ -96,8 +97,12 @@ class Args:
     out: str | None = None                  # run folder; unset: runs/<loss>
 
 
-def errors(model, x0, text, t, eps):
-    """Velocity errors (B, K) of videos x0 (B, K, C, T, H, W), K of them sharing text (B, S, D), t (B,) and eps."""
+def errors(model, x0, text, t, eps, together=True):
+    """Velocity errors (B, K) of videos x0 (B, K, C, T, H, W), K of them sharing text (B, S, D), t (B,) and eps; in one
+    forward pass, or one after the other, which holds less memory at a time.
+    """
+    if not together:
+        return torch.cat([errors(model, x, text, t, eps) for x in x0.split(1, dim=1)], dim=1)
     B, K = x0.shape[:2]
     t, eps, text = (y.repeat_interleave(K, dim=0) for y in (t, eps, text))
     x0 = x0.flatten(0, 1)
@@ -112,13 +117,13 @@ def objective(args, model, reference, x0, text, t, eps, weight):
     manager that gives the frozen model.
     """
     if args.loss == "dpo":
-        err_w, err_l = errors(model, x0, text, t, eps).unbind(1)
+        err_w, err_l = errors(model, x0, text, t, eps, args.together).unbind(1)
         with torch.no_grad(), reference() as frozen:
-            err_ref_w, err_ref_l = errors(frozen, x0, text, t, eps).unbind(1)
+            err_ref_w, err_ref_l = errors(frozen, x0, text, t, eps, args.together).unbind(1)
         loss = flow_dpo(err_w, err_l, err_ref_w, err_ref_l, beta_schedule(args.beta, t, args.beta_schedule))
         return loss, torch.stack([t, loss, err_w - err_ref_w, err_l - err_ref_l, err_ref_w], dim=1).detach()
     if args.loss == "rwr":
-        loss = (weight * errors(model, x0, text, t, eps)).mean(1)
+        loss = (weight * errors(model, x0, text, t, eps, args.together)).mean(1)
     else:                                                                       # sft and pretrain: the first video
         loss = flow_sft(errors(model, x0[:, :1], text, t, eps)).mean(1)
     return loss, torch.stack([t, loss], dim=1).detach()
@@ -229,7 +234,7 @@ def check(args):
     """Fill unset flags from the recipe and refuse what cannot work, before anything is loaded."""
     pretrain, wan = args.loss == "pretrain", of_files(args)
     recipe = {name: columns[wan] for name, columns in RECIPES.items()} | (PRETRAIN if pretrain else {})
-    recipe |= dict(checkpointing=wan, compile=wan and torch.cuda.is_available(), out=f"runs/{args.loss}")
+    recipe |= dict(checkpointing=wan, together=None if wan else True, compile=wan and torch.cuda.is_available(), out=f"runs/{args.loss}")
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value[args.loss] if isinstance(value, dict) else value)
@@ -349,7 +354,7 @@ def main(args):
         return values[RANK::WORLD].split(-(-per_step // args.accumulate))
 
     if wan:
-        expect_memory(args, model, pairs)
+        tune(args, model, pairs)
     if args.loss == "dpo":
         print(beta_elsewhere(args.beta, pairs.latents([0])[0, 0].numel()))
     batches = prefetch(load, ((step, ids) for step in range(first, args.steps) for ids in parts(rows(step))))
@@ -415,23 +420,31 @@ def main(args):
     return finish(args, run, average or model, reference, reward)
 
 
-def expect_memory(args, model, pairs):
-    """Print about how much memory training will take: weights, optimizer, activations."""
+def tune(args, model, pairs):
+    """Print about how much memory training will take: weights, optimizer, activations; where that is more than a GPU
+    has, the two videos of a pair go through it one after the other. On a GPU, choose its fastest attention.
+    """
     c, bytes_of = model.config, lambda ps, extra=0: sum(p.numel() * (p.element_size() + extra) for p in ps)
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = bytes_of(model.parameters()) * (1 if args.lora_rank else 2)       # the frozen copy
     optimizer = bytes_of(trained, 8 if not args.ema else 12)                    # gradient, two moments, average
     if args.shard:
         weights, optimizer = weights / WORLD, optimizer / WORLD
-    shape = pairs.latents([0]).shape[3:]
-    tokens = 2 * -(-args.batch // args.accumulate) * math.prod(n // p for n, p in zip(shape, c.patch_size))
+    tokens = math.prod(n // p for n, p in zip(pairs.latents([0]).shape[3:], c.patch_size))
+    at_once = 2 * -(-args.batch // args.accumulate) * tokens
     width = 2 if args.dtype == "bf16" else 4
-    block = tokens * (16 * c.dim + 2 * c.ffn_dim) * width                       # what one block keeps for its backward
-    kept = tokens * 3 * c.dim * width                                           # its input and both attentions' outputs
+    block = at_once * (16 * c.dim + 2 * c.ffn_dim) * width                      # what one block keeps for its backward
+    kept = at_once * 3 * c.dim * width                                          # its input and both attentions' outputs
     activations = block + c.num_layers * kept if args.checkpointing else c.num_layers * block
-    total = weights + optimizer + activations
+    total, device = weights + optimizer + activations, next(model.parameters()).device
+    if args.together is None:
+        args.together = device.type == "cpu" or total < torch.cuda.get_device_properties(device).total_memory
+    if not args.together and args.checkpointing:                                # one block at work on one of the two
+        total, activations = total - block / 2, activations - block / 2
     print(f"expecting about {total / 1e9:.1f} GB: weights {weights / 1e9:.1f}, gradients and optimizer "
           f"{optimizer / 1e9:.1f}, activations {activations / 1e9:.1f}")
+    if device.type == "cuda":
+        print(choose_attention(c, tokens, device))
 
 
 def summary(stats):
