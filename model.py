@@ -276,7 +276,7 @@ class VideoDiT(nn.Module):
         with torch.autocast(xt.device.type, dtype, enabled=dtype != torch.float32):
             x = self.patch_embedding(xt)                                         # (B, D, T', H', W')
             grid = tuple(x.shape[2:])
-            x = x.flatten(2).transpose(1, 2)                                     # (B, L, D)
+            x = x.flatten(2).transpose(1, 2).contiguous()                        # (B, L, D)
             with torch.autocast(xt.device.type, enabled=False):                  # Wan keeps time in fp32
                 features = time_sinusoid(t, self.config.freq_dim).to(self.time_embedding[0].weight.dtype)
                 e = self.time_embedding(features)                                # (B, D)
