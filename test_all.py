@@ -1707,6 +1707,7 @@ class Bench:
     lora_rank: int = 64                     # of the DPO step
     steps: list = ("forward", "train", "dpo")  # which to measure
     rounds: int = 7                         # turns of each after two to warm up; medians are shown
+    profile: bool = False                   # print which operations each eager step's time goes to
 
 
 SMALL = model_file.Config(dim=384, ffn_dim=2240, text_dim=512, num_heads=3, num_layers=4)       # the ratios of 1.3B
@@ -1808,6 +1809,16 @@ def take_turns(functions, rounds, device):
     return seconds[2:], added
 
 
+def operations(run, device, times=5):
+    """{operation: its own milliseconds in one run}, of runs one after the other."""
+    from torch.profiler import profile
+    with profile() as profiler:
+        for _ in range(times):
+            run()
+    spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    return {event.key: getattr(event, spent) / 1000 / times for event in profiler.key_averages()}
+
+
 def bench(args):
     """Print one Markdown table of args.steps, then what the data path does in a second."""
     import diffusers
@@ -1828,6 +1839,7 @@ def bench(args):
     weights = {k: v if fp32(k) else v.to(dtype) for k, v in m.state_dict().items()}
     del m
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    profiles = []
     print(f"{args.preset}, {args.frames} frames of {args.size[0]} x {args.size[1]}, {tokens:,} tokens, {args.dtype}, "
           f"{where}, torch {torch.__version__}, diffusers {diffusers.__version__}; medians of {args.rounds} turns\n\n"
           "| step | model | s | GB | tokens/s | TFLOP/s | of matmul | time / diffusers | time / compiled diffusers |\n"
@@ -1848,10 +1860,17 @@ def bench(args):
             cells = (step, name[0] + ", compiled" * name[1], f"{median[i]:.3f}", memory, f"{seen / median[i]:,.0f}",
                      f"{work / median[i]:.3g}", f"{work / median[i] / matmul:.0%}", *ratios)
             print("| " + " | ".join(cells) + " |", flush=True)
+        if args.profile:
+            profiles.append((step, [operations(run, device) for run in runs[:len(names) // (1 + args.compile)]]))
         if step == "dpo" and not peft:
             print("| dpo | diffusers needs `pip install peft` |" + " |" * 7)
         del runs
         torch.compiler.reset()
+    for step, found in profiles:
+        print(f"\n| {step}, ms | ours | diffusers |\n|---|---|---|")
+        for name in sorted(found[0], key=found[0].get)[:-9:-1] + ["all"]:
+            cells = [sum(x.values()) if name == "all" else x.get(name, 0) for x in found]
+            print(f"| {name} | " + " | ".join(f"{ms:.1f}" for ms in cells) + " |")
     print(f"\nA matmul of {n} x {n} ran at {matmul:.3g} TFLOP/s, taking turns with the last step's rows.")
     bench_data(args, device)
 
