@@ -18,8 +18,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
@@ -163,27 +161,6 @@ class Attention(nn.Module):
 KEEP_ATTENTION = partial(create_selective_checkpoint_contexts, [
     getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
     for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")])
-
-
-def choose_attention(config, tokens, device, dtype=torch.bfloat16):
-    """Time flash and cuDNN's attention, there and back, on so many tokens of a model, switch the slower one off, and
-    return a line about it. Which is ahead depends on the GPU and the versions.
-    """
-    shape = 1, config.num_heads, tokens, config.dim // config.num_heads
-    q, seconds = torch.randn(shape, dtype=dtype, device=device, requires_grad=True), {}
-
-    def attend(kind):
-        with sdpa_kernel(getattr(SDPBackend, f"{kind.upper()}_ATTENTION")):
-            torch.autograd.grad(F.scaled_dot_product_attention(q, q, q).sum(), q)
-    for kind in ("flash", "cudnn"):
-        try:
-            attend(kind)
-            seconds[kind] = Timer("attend(kind)", globals={"attend": attend, "kind": kind}).timeit(5).mean
-        except RuntimeError:                                                    # this machine hasn't got it
-            continue
-    for kind in seconds:
-        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(kind == min(seconds, key=seconds.get))
-    return "attention: " + (", ".join(f"{k} {1000 * x:.1f} ms" for k, x in seconds.items()) or "PyTorch's choice")
 
 
 def mlp(d_in, d_hidden, d_out, activation):

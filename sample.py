@@ -7,19 +7,18 @@
     python sample.py --compare runs/beta_* --x beta --out beta.png               one figure
     python sample.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --lora lora.safetensors --prompt "a cat, asleep"
     python sample.py --ckpt runs/dpo --prompts prompts.csv --against base --reward runs/videoreward
-    python sample.py --ckpt runs/dpo --prompts train.csv --n_per_prompt 4 --reward runs/videoreward   on-policy pairs
+    python sample.py --ckpt runs/dpo --prompts train.csv --n_per_prompt 4 --reward RUN        on-policy pairs
 
 A velocity is a function of (x, t), t a number; cfg and nrg take velocities and return one. Sampling runs from
 t = 1 (noise) to t = 0 (data): x <- x - (t - t_next) v.
 """
 import csv
 import json
-import math
 import re
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Literal
 
@@ -29,9 +28,9 @@ from tqdm import tqdm
 
 from data import (DIMS, FRAMES, HERE, PROMPTS, RANK, SIZE, WORLD, ShapesCodec, WanCodec, attributes, caption_of,
                   check_clip_args, check_counts, check_out, check_world, clean_videos, collect, contact_sheet,
-                  embed_text, fail, find, launch, on_rank_0, oracle, overall, read_json, read_table, rng, split_of, start_ranks,
-                  start_run, to_float, to_uint8, with_overall, write_json, write_video)
-from model import VideoDiT, choose_attention, load_lora, lora_disabled, merge_lora, read_tensors, save_tensors
+                  embed_text, fail, find, launch, on_rank_0, oracle, overall, read_json, read_table, rng, split_of,
+                  start_ranks, start_run, to_float, to_uint8, with_overall, write_json, write_video)
+from model import VideoDiT, load_lora, lora_disabled, merge_lora, read_tensors, save_tensors
 from reward import LatentReward, load_reward, print_accuracies, score_clean, score_videos, spread
 
 
@@ -264,24 +263,30 @@ def table(results):
 def score_table(results):
     """Markdown of {name: [result of each seed]} of Shapes world: the oracle's mean scores, in brackets the share in per
     cent of the gap from the start model to flawless videos that was closed, and the distance from the reference.
+
+    The rows of the start and of flawless videos are means over the draws that the runs do not share.
     """
-    names, first = (*DIMS, "Overall"), next(iter(results.values()))[0]
-    plain = lambda name, scores: f"| {name} | " + " | ".join(f"{scores[dim]:.2f}" for dim in DIMS) + " | | |"
+    names, everyone = (*DIMS, "Overall"), [result for seeds in results.values() for result in seeds]
+
+    def plain(name, key):
+        draws = {tuple(result[key][dim] for dim in DIMS) for result in everyone}
+        return f"| {name} | {' | '.join(spread(scores, 2) for scores in zip(*draws))} | | |"
+
     lines = ["| oracle's score (gap closed, %) | " + " | ".join(names) + " | distance |", "|---|" + "---|" * 5,
-             plain("start", first["oracle_start"])]
+             plain("start", "oracle_start")]
     for run, seeds in results.items():
         closed = {dim: "(" + spread([100 * result["gap_closed"][dim] for result in seeds], 0) + ")" for dim in names}
         cells = [spread([result["oracle"][dim] for result in seeds], 2) + " " + closed[dim] for dim in DIMS]
         moved = [result["distance"] for result in seeds if "distance" in result]
         lines.append(f"| {run} | {' | '.join(cells)} | {closed['Overall']} | {spread(moved, 4) if moved else ''} |")
-    return "\n".join([*lines, plain("flawless", first["oracle_clean"])])
+    return "\n".join([*lines, plain("flawless", "oracle_clean")])
 
 
 def compare(runs, out):
     """Print tables of the runs' results; draw their first samples side by side, after the start model's.
 
-    Runs whose arguments differ in nothing but seed and folder are one row, with mean and standard deviation. Runs of
-    train_reward.py have their accuracies at t = 0 compared.
+    Runs whose arguments differ in nothing but seed and folder are one row, with mean and standard deviation. Toy runs
+    of train_reward.py have their accuracies at t = 0 compared.
     """
     folders, groups = [find(run, "eval.json") for run in runs], {}
     try:
@@ -294,6 +299,8 @@ def compare(runs, out):
         if all("by_t" in result for result in everyone):
             return print_accuracies({"ceiling": [result["ceiling"] for result in everyone[:1]]} | {
                 name: [result["by_t"]["0.0"] for result in seeds] for name, seeds in results.items()})
+        if bare := [name for name, seeds in results.items() if not all("win_rate" in result for result in seeds)]:
+            raise KeyError(f"{bare[0]} has none")
         print(table(results))
         if all("gap_closed" in result for result in everyone):
             print(f"\n{score_table(results)}")
@@ -312,10 +319,10 @@ def compare(runs, out):
 
 
 def plot(runs, x, ys, by, out):
-    """Draw numbers ys of runs over their number x, a line for each y and each value of the numbers by; of several
+    """Draw numbers ys of runs over their number x, a line for each y and each value of the arguments by; of several
     seeds the mean and standard deviation. matplotlib is imported here alone.
 
-    A number is an argument (`beta`) or a path into eval.json (`win_rate/Overall`).
+    A number is an argument (`beta`) or a path into eval.json (`win_rate/Overall`). Returns {line: {x: [each y]}}.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -324,11 +331,12 @@ def plot(runs, x, ys, by, out):
     for folder in (find(run, "eval.json") for run in runs):
         try:
             found = read_json(folder / "config.json")["args"] | read_json(folder / "eval.json")
-            number = lambda name: reduce(lambda values, key: values[key], name.split("/"), found)
+            value = lambda name: reduce(lambda values, key: values[key], name.split("/"), found)
             for y in ys:
-                lines[", ".join([y, *(f"{name} {number(name)}" for name in by)])][number(x)].append(number(y))
+                line = ", ".join([y, *(f"{name} {value(name)}" for name in by)])
+                lines[line][float(value(x))].append(float(value(y)))
         except (ValueError, KeyError, TypeError) as e:
-            fail(f"{folder} has no number {e} to draw, in its arguments or its eval.json")
+            fail(f"{folder}: what it holds under {', '.join([x, *ys, *by])} cannot be drawn: {e}")
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for label, points in lines.items():
         places = sorted(points)
@@ -342,6 +350,7 @@ def plot(runs, x, ys, by, out):
     axes.legend(fontsize=8)
     figure.savefig(out, dpi=100)
     print(f"wrote {out}")
+    return lines
 
 
 # ---- the script ----
@@ -374,14 +383,14 @@ class Args:
     seed: int = 0                           # of the noise
     eval: int = 0                           # toy: instead of writing videos, win rates on this many held-out draws
     split: str = "eval"                     # toy, with --eval: prompts to draw, eval or val
-    against: str = ""                       # model to compare with; base: without adapters; toy, unset: unguided
-    reward: str = ""                        # the reward that judges a Wan: --against another, or the best --n_per_prompt
+    against: str = ""                       # model to compare with; base: what --ckpt started from; unset: unguided
+    reward: str = ""                        # Wan: who judges --against, and the best and worst of --n_per_prompt
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     compare: list = ()                      # run folders to compare by their eval.json; nothing is sampled
     x: str = ""                             # with --compare: draw the numbers --y of the runs over this one
     y: list = ("win_rate/Overall",)         # arguments, or paths into eval.json
     by: list = ()                           # arguments that tell lines apart
-    out: str = "runs/sample"                # folder for the results
+    out: str = "runs/sample"                # folder for the results; with --compare: the picture, a .png
 
 
 def file_names(args, rows):
@@ -435,6 +444,8 @@ def check(args):
     args.dtype = args.dtype or ("fp32" if toy or not torch.cuda.is_available() else "bf16")
     rows = read_prompts(args)
     if toy:
+        if args.reward:
+            fail("--reward judges a Wan's videos: those of Shapes world have an oracle, which --eval 512 asks")
         try:
             attributes([row["prompt"] for row in rows])
         except ValueError as e:
@@ -449,6 +460,9 @@ def check(args):
             print(f"{len(shared)} of the prompts are in the pairs that {args.ckpt} saw: win rates on them flatter it")
     if args.lora and not Path(args.lora).is_file():
         fail(f"--lora {args.lora} does not exist")
+    folder = Path(find_model(args.ckpt or args.model))
+    if args.against == "base" and not (args.lora or (folder / "lora.safetensors").exists()):
+        fail("--against base switches adapters off and this model has none: name the model to compare with")
     check_out(args.out)
     return rows, toy
 
@@ -456,11 +470,10 @@ def check(args):
 def main(args):
     """Sample, evaluate or compare; returns the result of evaluate, or the names of the files written."""
     if args.compare:
-        folder = Path(find(args.compare[-1])).parent
-        if args.x:
-            out = args.out if args.out.endswith(".png") else folder / "plot.png"
-            return plot(args.compare, args.x, args.y, args.by, out)
-        return compare(args.compare, folder / "compare.png")
+        out = Path(find(args.compare[-1])).parent / "compare.png" if args.out == Args.out else Path(args.out)
+        if out.suffix != ".png" or not out.absolute().parent.is_dir():
+            fail(f"--out {args.out}: --compare draws one .png, in a folder that exists")
+        return plot(args.compare, args.x, args.y, args.by, out) if args.x else compare(args.compare, out)
     start_ranks()
     rows, toy = check(args)
     device, path = "cuda" if torch.cuda.is_available() else "cpu", args.ckpt or args.model
@@ -473,10 +486,8 @@ def main(args):
             fail(e)
     model.to(device)
     guide = LatentReward.from_pretrained(args.nrg).to(device) if args.nrg else None
+    judge = load_reward(args.reward, template=args.template or None).to(device) if args.reward else None
     codec = ShapesCodec() if toy else WanCodec(origin(path)[0], device)
-    if device == "cuda" and not toy:
-        grid = zip(codec.latent_shape(args.frames, args.size)[1:], model.config.patch_size)
-        print(choose_attention(model.config, math.prod(n // p for n, p in grid), device, dtype))
     run, ratios = start_run(args, device), []
     prompts = [row["prompt"] for row in rows for _ in range(args.n_per_prompt)] or eval_prompts(args.eval, args.split)
     settings = dict(codec=codec, prompts=prompts, seed=args.seed, ts=timesteps(args.steps, args.shift),
@@ -496,14 +507,13 @@ def main(args):
         result = evaluate(videos, start_videos, prompts)
         report(run, result, prompts, videos, start_videos)
     else:
-        names = file_names(args, rows)
-        (latents, looks), result = write_videos(run, names, drawn, codec.fps, toy), None
+        names, result = file_names(args, rows), None
+        write = partial(write_videos, names=names, fps=codec.fps, toy=toy, keep=isinstance(judge, LatentReward))
+        latents, looks = write(run, drawn)
         if args.against:
             with start() as start_model:
-                start_latents, start_looks = write_videos(run / "start", names, generate(start_model, **settings),
-                                                          codec.fps, toy)
+                start_latents, start_looks = write(run / "start", generate(start_model, **settings))
         if args.reward:
-            judge = load_reward(args.reward, template=args.template or None)
             r = on_rank_0(judged)(judge, run, names, latents, prompts, codec)
             if args.n_per_prompt > 1:
                 on_rank_0(write_pairs)(run / "pairs.csv", names, prompts, overall(r), args.n_per_prompt)
@@ -521,14 +531,15 @@ def main(args):
     return result
 
 
-def write_videos(folder, names, drawn, fps, toy):
-    """Write drawn (latents, video) pairs as <name>.mp4 and the first of them as samples.png; returns the latents and
-    the means of look.
+def write_videos(folder, drawn, names, fps, toy, keep):
+    """Write drawn (latents, video) pairs as <name>.mp4 and the first of them as samples.png; returns the latents, None
+    unless they are to keep, and the means of look.
     """
     folder.mkdir(exist_ok=True)
     latents, looks, cells = [], [], []
     for name, (x, video) in zip(names[RANK::WORLD], drawn):
-        latents.append(x)
+        if keep:
+            latents.append(x)
         looks.append(look(video))
         if len(cells) < 12:
             some = np.linspace(0, video.shape[1] - 1, min(8, video.shape[1])).round()
@@ -539,7 +550,8 @@ def write_videos(folder, names, drawn, fps, toy):
     on_rank_0(contact_sheet)(folder / "samples.png", collect(cells)[:12])
     print(f"wrote {len(names)} mp4 and samples.png to {folder}")
     looks = collect(looks)
-    return torch.stack(collect(latents)), {name: round(np.mean([x[name] for x in looks]), 4) for name in looks[0]}
+    latents = torch.stack(collect(latents)) if keep else None
+    return latents, {name: round(np.mean([x[name] for x in looks]), 4) for name in looks[0]}
 
 
 def judged(reward, folder, names, latents, prompts, codec):

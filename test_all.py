@@ -377,11 +377,6 @@ def test_winner_and_loser_one_after_the_other_give_the_same_gradient():
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*grads))
 
 
-def test_the_attention_that_is_there_stays_on():
-    said = model_file.choose_attention(TINY, 64, "cpu", torch.float32)
-    assert re.fullmatch(r"attention: flash \d+\.\d ms", said) and torch.backends.cuda.flash_sdp_enabled()
-
-
 def test_label_noise_blurs_labels_and_points():
     right, error = {}, {}
     for noise in (0.1, 1.0, 10.0):
@@ -1015,7 +1010,15 @@ def test_flawless_videos_close_the_whole_gap_and_the_start_none_of_it():
     start, end, way = (result[name]["TA"] for name in ("oracle_start", "oracle_clean", "oracle"))
     part = sample.evaluate(half, flawed, prompts)
     assert part["gap_closed"]["TA"] == pytest.approx((part["oracle"]["TA"] - start) / (end - start), abs=1e-3) and way == pytest.approx(end, abs=0.01)
-    assert "| flawless | " in sample.score_table({"half": [part]}) and "| half | " in sample.score_table({"half": [part, part]})
+    other = part | {"oracle": dict(VQ=0.1, MQ=0.2, TA=0.3), "oracle_start": dict(VQ=0.0, MQ=0.5, TA=1.0), "distance": 0.5,
+                    "gap_closed": dict(VQ=0.0, MQ=0.01, TA=0.5, Overall=-0.1)}
+    part |= {"oracle": dict(VQ=0.3, MQ=0.4, TA=0.5), "oracle_start": dict(VQ=0.2, MQ=0.5, TA=0.8), "oracle_clean": other["oracle_clean"],
+             "distance": 0.25, "gap_closed": dict(VQ=1.0, MQ=0.03, TA=0.3, Overall=-0.2)}
+    said = sample.score_table({"half": [part, other], "alone": [other]}).splitlines()
+    assert said[2] == "| start | 0.10 ± 0.14 | 0.50 ± 0.00 | 0.90 ± 0.14 | | |"
+    assert said[3] == "| half | 0.20 ± 0.14 (50 ± 71) | 0.30 ± 0.14 (2 ± 1) | 0.40 ± 0.14 (40 ± 14) | (-15 ± 7) | 0.3750 ± 0.1768 |"
+    assert said[4] == "| alone | 0.10 (0) | 0.20 (1) | 0.30 (50) | (-10) | 0.5000 |"
+    assert said[5] == "| flawless | " + " | ".join(f"{part['oracle_clean'][dim]:.2f}" for dim in DIMS) + " | | |"
 
 
 def test_score_differences_separate_ties_from_preferences():
@@ -1032,12 +1035,19 @@ def test_numbers_of_runs_are_drawn_and_a_wrong_name_ends_in_one_line(runs, capsy
         sample.main(sample.Args(**common, rg_scale=scale, out=str(runs / f"scale{scale:g}")))
     args = sample.Args(compare=[str(runs / "scale1"), str(runs / "scale30")], x="rg_scale", y=["win_rate/VQ", "oracle/VQ"], by=["steps"],
                        out=str(runs / "drawn.png"))
-    sample.main(args)
+    results = {float(scale): json.loads((runs / f"scale{scale}/eval.json").read_text()) for scale in (1, 30)}
+    assert sample.main(args) == {f"{y}, steps 1": {scale: [result[y.split("/")[0]]["VQ"]] for scale, result in results.items()}
+                                 for y in args.y}
     assert (runs / "drawn.png").read_bytes()[:4] == b"\x89PNG"
+    sample.main(replace(args, by=[], out=str(runs / "one.png")))
     capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        sample.main(replace(args, y=["win_rate/XQ"]))
-    assert e.value.code == 2 and "has no number 'XQ'" in capsys.readouterr().err
+    for wrong, said in ((dict(y=["win_rate/XQ"]), "win_rate/XQ, steps cannot be drawn: 'XQ'"), (dict(y=["win_rate"]), "cannot be drawn"),
+                        (dict(x="nrg"), "could not convert"), (dict(out=str(runs / "drawn")), "draws one .png"),
+                        (dict(x="", compare=[str(runs / "noisy"), str(runs / "scale1")]), "takes runs with win rates"),
+                        (dict(out=str(runs / "gone" / "a.png")), "in a folder that exists")):
+        with pytest.raises(SystemExit) as e:
+            sample.main(replace(args, **wrong))
+        assert e.value.code == 2 and said in capsys.readouterr().err
     sample.main(sample.Args(compare=[str(runs / "reward"), str(runs / "noisy")]))
     assert re.search(r"ceiling.*\n\| reward \|.*\n\| noisy \|", capsys.readouterr().out)
 
@@ -1111,6 +1121,8 @@ BAD = [
     (sample, "--ckpt runs/nowhere --eval 4", "does not exist"),
     (sample, "--model {cut} --eval 4", "cannot be read as safetensors"),
     (sample, "--compare {empty}", "holds no eval.json"),
+    (sample, "--prompt 'a red circle moving left' --reward assets/reward", "have an oracle"),
+    (sample, "--eval 4 --against base", "this model has none"),
     (sample, "--compare {broken}", "takes runs with win rates"),
     (sample, "--prompts gone.csv", "gone.csv"),
     (sample, "--prompts {twice}", "two prompts would both be"),
@@ -1577,11 +1589,12 @@ def test_sft_rwr_bf16_and_checkpointing_on_wan(wan):
 
 
 def test_a_wan_sharded_over_two_processes_trains_as_in_one(wan, tmp_path):
-    whole, sharded = (wan_args(wan, name, steps=2, batch=2, accumulate=1, shard=name == "sharded") for name in ("whole", "sharded"))
+    whole, sharded, parted = (wan_args(wan, name, steps=2, batch=2, accumulate=1, shard=name != "whole",
+                                       together=False if name == "parted" else None) for name in ("whole", "sharded", "parted"))
     train_align.main(whole)
-    torchrun(tmp_path, [sharded])
-    logs = [json.loads((Path(a.out) / "log.jsonl").read_text()) for a in (whole, sharded)]
-    assert all(np.isclose(logs[0][k], logs[1][k], rtol=1e-4) for k in ("loss", "grad_norm"))
+    torchrun(tmp_path, [sharded, parted])
+    logs = [json.loads((Path(a.out) / "log.jsonl").read_text()) for a in (whole, sharded, parted)]
+    assert all(np.allclose(logs[0][k], [log[k] for log in logs], rtol=1e-4) for k in ("loss", "grad_norm"))
     a, b = (model_file.read_tensors(Path(args.out) / "lora.safetensors")[0] for args in (whole, sharded))
     own = [k for k in a if "self_attn" in k]          # across, some gradients are rounding noise, which Adam makes a step of
     assert a.keys() == b.keys() and own and all((a[k] - b[k]).abs().max() < 1e-4 for k in own)
@@ -1647,23 +1660,24 @@ def test_lora_files_of_diffusers_names_load_too(wan, tmp_path):
 
 # ---- what ships ----
 
-def readme_commands():
+def page_commands():
+    """The words after `python` of each command of the pages, by a shell that goes through their loops and runs nothing."""
     pages = (HERE / "README.md").read_text() + (HERE / "assets" / "results.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", pages, re.S)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    shell = 'PATH=/nowhere; command_not_found_handle() { :; }; python() { printf "%s\\0" "$@"; echo; }\n'
+    said = [subprocess.run(["bash", "-c", shell + block], cwd=HERE, capture_output=True, text=True, check=True).stdout
+            for block in re.findall(r"```bash\n(.*?)```", pages, re.S)]
+    return [line.split("\0")[:-1] for line in "".join(said).splitlines()]
 
 
-def test_every_command_of_the_readme_parses():
-    commands = [c for c in readme_commands() if c.startswith("python ")]
-    assert len(commands) >= 5
+def test_every_command_of_the_pages_parses():
     scripts = {m.__name__ + ".py": m for m in (train_align, train_reward, sample, reward)}
     documented = [line.strip().split("    ")[0] for m in scripts.values() for line in m.__doc__.splitlines()]
-    for command in commands + [line for line in documented if line.startswith("python ")]:
-        words = shlex.split(command)
-        script = scripts.get(words[1])
-        assert (HERE / words[1]).exists(), command
-        if script:
-            data.parse_args(script.Args, script.__doc__, words[2:])
+    commands = page_commands()
+    assert len(commands) >= 30
+    for script, *words in commands + [shlex.split(line)[1:] for line in documented if line.startswith("python ")]:
+        assert (HERE / script).exists(), script
+        if script in scripts:
+            data.parse_args(scripts[script].Args, scripts[script].__doc__, words)
 
 
 def test_the_shipped_weights_are_of_this_world_small_and_good():
@@ -1811,12 +1825,32 @@ def take_turns(functions, rounds, device):
 
 def operations(run, device, times=5):
     """{operation: its own milliseconds in one run}, of runs one after the other."""
+    from torch.autograd import DeviceType
     from torch.profiler import profile
     with profile() as profiler:
         for _ in range(times):
             run()
     spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    return {event.key: getattr(event, spent) / 1000 / times for event in profiler.key_averages()}
+    return {event.key: getattr(event, spent) / 1000 / times for event in profiler.key_averages()
+            if event.device_type == DeviceType.CPU}                             # which its kernels count towards
+
+
+def attention_times(config, tokens):
+    """A line of the milliseconds that attention in bf16 takes on a GPU, there and back, on one video's tokens."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    shape = 1, config.num_heads, tokens, config.dim // config.num_heads
+    q, found = torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True), {}
+
+    def attend():
+        with sdpa_kernel(kinds):
+            torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(q, q, q).sum(), q)
+    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    for name, kinds in (("flash", [flash]), ("cuDNN", [cudnn]), ("PyTorch's choice", [flash, cudnn])):
+        try:
+            found[name] = 1000 * np.median(take_turns([attend], 5, "cuda")[0])
+        except RuntimeError:                                                    # this machine hasn't got it
+            continue
+    return "Attention, ms: " + ", ".join(f"{name} {ms:.1f}" for name, ms in found.items())
 
 
 def bench(args):
@@ -1834,7 +1868,7 @@ def bench(args):
         a, b = torch.randn(2, n, n, dtype=dtype)
     tokens = args.batch * math.prod(shape) // (config.in_dim * math.prod(config.patch_size))
     if device == "cuda":
-        print(model_file.choose_attention(config, tokens // args.batch, device), end="\n\n")
+        print(attention_times(config, tokens // args.batch), end="\n\n")
     fp32 = lambda k: any(part in k for part in model_file.FP32_ISLANDS)
     weights = {k: v if fp32(k) else v.to(dtype) for k, v in m.state_dict().items()}
     del m
@@ -1867,7 +1901,7 @@ def bench(args):
         del runs
         torch.compiler.reset()
     for step, found in profiles:
-        print(f"\n| {step}, ms | ours | diffusers |\n|---|---|---|")
+        print(f"\n| {step}, ms | ours |" + " diffusers |" * (len(found) - 1) + "\n|---" + "|---" * len(found) + "|")
         for name in sorted(found[0], key=found[0].get)[:-9:-1] + ["all"]:
             cells = [sum(x.values()) if name == "all" else x.get(name, 0) for x in found]
             print(f"| {name} | " + " | ".join(f"{ms:.1f}" for ms in cells) + " |")

@@ -6,11 +6,11 @@
     python train_align.py --loss dpo --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --pairs pairs.csv      align Wan 2.1
 
 Without --pairs the model is the toy of Shapes world: pairs come from its renderers, not from the model
-(off-policy, as in the paper), and are relabelled by the reward. With --pairs it is a Wan: videos and prompts are
-encoded once into --cache, and the file's own labels decide unless --labels reward asks a reward. RECIPES holds
-what differs from the paper; SYMPTOMS, what is printed when a run goes wrong. --resume goes on with a run that was
-stopped, exactly where it was. Under `torchrun --nproc_per_node 8` each process takes its share of every step's rows,
-and the losses are the same.
+(off-policy, as in the paper), or with --pairs generate from the model itself, and are relabelled by the reward. With
+--pairs FILE it is a Wan: videos and prompts are encoded once into --cache, and the file's own labels decide unless
+--labels reward asks a reward. RECIPES holds what differs from the paper; SYMPTOMS, what is printed when a run goes
+wrong. --resume goes on with a run that was stopped, exactly where it was. Under `torchrun --nproc_per_node 8` each
+process takes its share of every step's rows, and the losses are the same.
 """
 import copy
 import math
@@ -27,12 +27,12 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm, trange
 
 from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, Pairs, WanCodec, add_gradients, check_clip_args,
-                  check_counts, check_out, collect, command, ctrl_c, draw_noise, embed_text, encode, fail, flawed_videos,
-                  gather, launch, load_state, log, on_rank_0, oracle, overall, prefetch, read_log, read_pairs, render_as,
-                  report_pairs, rng, save_state, shard, start_ranks, start_run, step_rows, stop_broken, to_uint8,
-                  toy_pairs, world_hash)
+                  check_counts, check_out, collect, command, ctrl_c, draw_noise, embed_text, encode, fail,
+                  flawed_videos, gather, launch, load_state, log, on_rank_0, oracle, overall, prefetch, read_log,
+                  read_pairs, render_as, report_pairs, rng, save_state, shard, start_ranks, start_run, step_rows,
+                  stop_broken, to_uint8, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
-from model import PRESETS, VideoDiT, add_lora, choose_attention, lora_disabled, merge_lora, save_lora, whole
+from model import PRESETS, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, whole
 from reward import VideoReward, load_reward, score_clean, score_videos
 from sample import eval_prompts, evaluate, find_model, load_model, origin, report, toy_videos
 
@@ -60,7 +60,7 @@ PRETRAIN = dict(lr=2e-3, lora_rank=0, lora_alpha=0.0, steps=3000, warmup=50, ema
 class Args:
     loss: Literal["dpo", "sft", "rwr", "pretrain"] = "dpo"  # the objective
     model: str = "assets/base"              # the model to align: a run folder, or a Wan folder or hub repository
-    pairs: str = ""                         # CSV or JSONL for a Wan; unset, Shapes world's; generate: the toy's own videos
+    pairs: str = ""                         # CSV or JSONL for a Wan; generate: the toy's own videos; unset: renderers'
     labels: Literal["reward", "human", "oracle"] | None = None  # who decides the pairs; human: the file's own labels
     reward: str = "assets/reward"           # the reward that labels: a run folder, or a VideoReward for files
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
@@ -81,7 +81,7 @@ class Args:
     ema: float | None = None                # decay of the averaged weights that are saved; 0 is off
     dtype: Literal["fp32", "bf16"] | None = None  # of the linear maps; norms, time, head and adapters are fp32
     checkpointing: bool | None = None       # activation checkpointing; unset: for a Wan
-    together: bool | None = None            # both videos of a pair in one forward pass; unset: where memory allows
+    together: bool | None = None            # both videos of a pair in one pass; unset: where they fit in memory
     compile: bool | None = None             # torch.compile the blocks; unset: for a Wan on CUDA
     shard: bool = False                     # torchrun: split the weights over the GPUs (FSDP2), for what does not fit
     frames: int = 81                        # Wan: frames of each video, at 16 per second; 4k + 1
@@ -90,7 +90,7 @@ class Args:
     skip_bad: bool = False                  # leave out pairs whose videos cannot be used
     seed: int = 0                           # of pairs, order, t and noise
     eval_n: int = 256                       # toy: held-out draws for the win rates
-    eval_steps: int = 16                    # toy: Euler steps of the evaluation, without classifier-free guidance
+    eval_steps: int = 16                    # toy: Euler steps of what the model draws, without CFG
     split: Literal["eval", "val"] = "eval"  # toy: prompts of the evaluation; val is for tuning
     save_every: int | None = None           # steps between the states that --resume starts from
     resume: bool = False                    # go on with the run in --out
@@ -110,8 +110,8 @@ def errors(model, x0, text, t, eps, together=True):
 
 
 def objective(args, model, reference, x0, text, t, eps, weight):
-    """(loss of each sample (B,), what to log of it (B, 2 or 5): t, loss[, gap of the winner, of the loser, error of the
-    reference on the winner]).
+    """(loss of each sample (B,), what to log of it (B, 2 or 5): t, loss[, gap of the winner, of the loser, error of
+    the reference on the winner]).
 
     x0 (B, K, C, T, H, W): the winner first; both share t and eps. weight (B, 2): Flow-RWR's. reference: a context
     manager that gives the frozen model.
@@ -130,14 +130,14 @@ def objective(args, model, reference, x0, text, t, eps, weight):
 
 
 def generated_pairs(args, reward):
-    """On-policy Pairs of Shapes world: of args.samples videos that the model at the start draws of each prompt, the best
-    is A and the worst is B, as the reward or the oracle judges.
+    """On-policy Pairs of Shapes world: of args.samples videos that the start model draws of each prompt, the best is A
+    and the worst is B, as the reward judges, or without one the oracle.
     """
     model = load_model(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
     prompts, n, K = eval_prompts(args.n_pairs, "train"), args.n_pairs, args.samples
     each = [prompt for prompt in prompts for _ in range(K)]
     videos = toy_videos(model, each, f"on-policy {args.seed}", args.eval_steps)
-    truth = oracle(videos, each)
+    truth = torch.full((n * K, 3), torch.nan) if reward else oracle(videos, each)
     score = score_clean(reward, videos, embed_text(each)) if reward else truth / torch.tensor(ORACLE_STD)
     r = overall(score, args.dim_w).view(n, K)
     chosen = torch.stack([r.argmax(1), r.argmin(1)], dim=1) + K * torch.arange(n)[:, None]      # (n, 2) of n * K
@@ -211,7 +211,8 @@ def make_optimizers(args, model):
     if args.loss == "pretrain":
         matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
         rest = [p for p in trainable if all(p is not q for q in matrices)]
-        optimizers = [torch.optim.Muon(matrices, lr=10 * args.lr), torch.optim.AdamW(rest, lr=args.lr, weight_decay=0, fused=True)]
+        optimizers = [torch.optim.Muon(matrices, lr=10 * args.lr),
+                      torch.optim.AdamW(rest, lr=args.lr, weight_decay=0, fused=True)]
     else:
         optimizers = [torch.optim.Adam(trainable, lr=args.lr, fused=True)]
     for optimizer in optimizers:
@@ -234,7 +235,8 @@ def check(args):
     """Fill unset flags from the recipe and refuse what cannot work, before anything is loaded."""
     pretrain, wan = args.loss == "pretrain", of_files(args)
     recipe = {name: columns[wan] for name, columns in RECIPES.items()} | (PRETRAIN if pretrain else {})
-    recipe |= dict(checkpointing=wan, together=None if wan else True, compile=wan and torch.cuda.is_available(), out=f"runs/{args.loss}")
+    recipe |= dict(checkpointing=wan, together=None if wan else True, compile=wan and torch.cuda.is_available(),
+                   out=f"runs/{args.loss}")
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value[args.loss] if isinstance(value, dict) else value)
@@ -261,8 +263,8 @@ def check(args):
             fail(f"--out {args.out} is the model itself: name another folder")
         if not wan:                                                             # small: refuse what does not fit now
             if not origin(args.model)[1]:
-                fail(f"{args.model} is no toy of Shapes world: --pairs takes a file of pairs, and sample.py --n_per_prompt 4 "
-                     "--reward RUN makes one of its own videos")
+                fail(f"{args.model} is no toy of Shapes world: --pairs takes a file of pairs, and sample.py "
+                     "--n_per_prompt 4 --reward RUN makes one of its own videos")
             load_model(args.model)
             if args.labels == "reward":
                 load_reward(args.reward)
@@ -272,7 +274,8 @@ def check(args):
 def policy_and_reference(args, device):
     """(model to train, context manager that gives the frozen reference; None to pretrain).
 
-    With LoRA the reference is the model itself with its adapters off; without, a frozen copy.
+    A model that was trained with LoRA first has its adapters folded in. With LoRA the reference is the model with its
+    new adapters off; without, a frozen copy.
     """
     if args.loss == "pretrain":
         return VideoDiT(PRESETS["toy"]).to(device), None
@@ -421,8 +424,8 @@ def main(args):
 
 
 def tune(args, model, pairs):
-    """Print about how much memory training will take: weights, optimizer, activations; where that is more than a GPU
-    has, the two videos of a pair go through it one after the other. On a GPU, choose its fastest attention.
+    """Print about how much memory training will take: weights, optimizer, activations. Where that is more than a GPU
+    has left, and checkpointing makes it help, the two videos of a pair go through it one after the other.
     """
     c, bytes_of = model.config, lambda ps, extra=0: sum(p.numel() * (p.element_size() + extra) for p in ps)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -431,20 +434,20 @@ def tune(args, model, pairs):
     if args.shard:
         weights, optimizer = weights / WORLD, optimizer / WORLD
     tokens = math.prod(n // p for n, p in zip(pairs.latents([0]).shape[3:], c.patch_size))
-    at_once = 2 * -(-args.batch // args.accumulate) * tokens
+    at_once = 2 * min(args.batch // WORLD, -(-args.batch // args.accumulate)) * tokens
     width = 2 if args.dtype == "bf16" else 4
     block = at_once * (16 * c.dim + 2 * c.ffn_dim) * width                      # what one block keeps for its backward
     kept = at_once * 3 * c.dim * width                                          # its input and both attentions' outputs
     activations = block + c.num_layers * kept if args.checkpointing else c.num_layers * block
     total, device = weights + optimizer + activations, next(model.parameters()).device
     if args.together is None:
-        args.together = device.type == "cpu" or total < torch.cuda.get_device_properties(device).total_memory
+        more = device.type == "cuda" and total - torch.cuda.memory_allocated() > 0.9 * torch.cuda.mem_get_info()[0]
+        args.together = not (args.checkpointing and args.loss != "sft" and any(gather(more)))   # ranks do the same
     if not args.together and args.checkpointing:                                # one block at work on one of the two
         total, activations = total - block / 2, activations - block / 2
     print(f"expecting about {total / 1e9:.1f} GB: weights {weights / 1e9:.1f}, gradients and optimizer "
-          f"{optimizer / 1e9:.1f}, activations {activations / 1e9:.1f}")
-    if device.type == "cuda":
-        print(choose_attention(c, tokens, device))
+          f"{optimizer / 1e9:.1f}, activations {activations / 1e9:.1f}, "
+          f"the videos of a pair {'together' if args.together else 'one after the other'}")
 
 
 def summary(stats):

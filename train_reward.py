@@ -53,7 +53,7 @@ class Args:
     depth: int | None = None                # how many of them
     pairs: str | None = None                # CSV or JSONL of labelled pairs of video files; unset: Shapes world
     n_pairs: int = 24000                    # training pairs of Shapes world
-    label_noise: float = 1.0                # noise of the annotators of these, in units of the held-out pairs'
+    label_noise: float = 1.0                # Shapes world: annotators' noise, in units of the held-out pairs'
     eval: str | None = None                 # evaluate this reward instead; --model: its Qwen2-VL, if moved
     template: str | None = None             # the authors' prompt_template.py; their checkpoint needs it
     reward_token: Literal["special", "last", "mean"] = "special"  # where Qwen2-VL is read; last: Table 6, row III
@@ -92,7 +92,9 @@ def pair_scores(args, reward, pairs, rows, step, t=None):
 
 
 def pair_noise(args, shape, rows, step, t=None):
-    """(t, eps_a, eps_b) of a batch of latents of this shape. t (B,): as given, or uniform for a noisy reward and 0 for a clean one."""
+    """(t, eps_a, eps_b) of a batch of latents of this shape. t (B,): as given, or uniform for a noisy reward and 0 for
+    a clean one.
+    """
     drawn, eps_a = draw_noise(shape, args.seed, step, rows.tolist())
     eps_b = eps_a if args.shared_noise else draw_noise(shape, args.seed + 1, step, rows.tolist())[1]
     t = drawn if t is None and args.noisy else torch.full_like(drawn, t or 0.0)
