@@ -338,7 +338,7 @@ class VideoReward(nn.Module):
         """
         dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
         self.identity = fingerprint(tensors, self.settings, dtype)
-        merge_lora(tensors, self.settings)
+        merge_adapters(tensors, self.settings)
         if len(tensors.get(EMBEDDING, ())) == len(self.tokenizer):
             tensors.setdefault("rows", tensors[EMBEDDING][self.token_ids])
         cast = {k: v.to(dtype if k.startswith("qwen.") else torch.float32) for k, v in tensors.items()}
@@ -511,7 +511,7 @@ def read_base_weights(folder, vocabulary):
     return tensors
 
 
-def merge_lora(tensors, settings):
+def merge_adapters(tensors, settings):
     """Replace every W, lora_A, lora_B by W + scale B A, in fp32 and in place."""
     for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
         name = key.removesuffix(".lora_A.weight")

@@ -282,11 +282,24 @@ def score_table(results):
     return "\n".join([*lines, plain("flawless", "oracle_clean")])
 
 
+def difference_table(results):
+    """Markdown of {name: [result of each seed]} of toy rewards: medians of the score differences of tied and of other
+    pairs, and how often the tied of two such pairs has the smaller one, in per cent.
+    """
+    lines = ["| median difference tied / other (separation, %) | " + " | ".join(DIMS) + " |", "|---|---|---|---|"]
+    for run, seeds in results.items():
+        found = {dim: [result["differences"][dim] for result in seeds] for dim in DIMS}
+        cells = [" / ".join(spread([x[kind][1] for x in found[dim]], 2) for kind in ("tied", "other"))
+                 + " (" + spread([100 * x["separation"] for x in found[dim]], 0) + ")" for dim in DIMS]
+        lines.append(f"| {run} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def compare(runs, out):
     """Print tables of the runs' results; draw their first samples side by side, after the start model's.
 
     Runs whose arguments differ in nothing but seed and folder are one row, with mean and standard deviation. Toy runs
-    of train_reward.py have their accuracies at t = 0 compared.
+    of train_reward.py have their accuracies and score differences at t = 0 compared.
     """
     folders, groups = [find(run, "eval.json") for run in runs], {}
     try:
@@ -297,8 +310,10 @@ def compare(runs, out):
         results = {group[0].name: [read_json(folder / "eval.json") for folder in group] for group in groups.values()}
         everyone = [result for seeds in results.values() for result in seeds]
         if all("by_t" in result for result in everyone):
-            return print_accuracies({"ceiling": [result["ceiling"] for result in everyone[:1]]} | {
+            ceilings = {json.dumps(result["ceiling"]): result["ceiling"] for result in everyone}    # the seeds differ
+            print_accuracies({"ceiling": list(ceilings.values())} | {
                 name: [result["by_t"]["0.0"] for result in seeds] for name, seeds in results.items()})
+            return print(f"\n{difference_table(results)}")
         if bare := [name for name, seeds in results.items() if not all("win_rate" in result for result in seeds)]:
             raise KeyError(f"{bare[0]} has none")
         print(table(results))

@@ -1049,7 +1049,10 @@ def test_numbers_of_runs_are_drawn_and_a_wrong_name_ends_in_one_line(runs, capsy
             sample.main(replace(args, **wrong))
         assert e.value.code == 2 and said in capsys.readouterr().err
     sample.main(sample.Args(compare=[str(runs / "reward"), str(runs / "noisy")]))
-    assert re.search(r"ceiling.*\n\| reward \|.*\n\| noisy \|", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"ceiling.*\n\| reward \|.*\n\| noisy \|", said)
+    ties = json.loads((runs / "noisy/eval.json").read_text())["differences"]["TA"]
+    assert said.splitlines()[-1].endswith(f"{ties['tied'][1]:.2f} / {ties['other'][1]:.2f} ({100 * ties['separation']:.0f}) |")
 
 
 def test_sample_writes_videos_guides_evaluates_and_compares(runs):
