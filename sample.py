@@ -19,6 +19,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
+from os.path import commonprefix
 from pathlib import Path
 from typing import Literal
 
@@ -298,8 +299,9 @@ def difference_table(results):
 def compare(runs, out):
     """Print tables of the runs' results; draw their first samples side by side, after the start model's.
 
-    Runs whose arguments differ in nothing but seed and folder are one row, with mean and standard deviation. Toy runs
-    of train_reward.py have their accuracies and score differences at t = 0 compared.
+    Runs whose arguments differ in nothing but seed and folder are one row, with mean and standard deviation, under
+    what their names begin with. Toy runs of train_reward.py have their accuracies and score differences at t = 0
+    compared.
     """
     folders, groups = [find(run, "eval.json") for run in runs], {}
     try:
@@ -307,7 +309,11 @@ def compare(runs, out):
             args = read_json(folder / "config.json")["args"]
             key = json.dumps({k: v for k, v in args.items() if k not in ("seed", "out", "resume")})
             groups.setdefault(key, []).append(folder)
-        results = {group[0].name: [read_json(folder / "eval.json") for folder in group] for group in groups.values()}
+        results = {}
+        for group in groups.values():
+            name = commonprefix([folder.name for folder in group]).rstrip("_-")
+            name = group[0].name if not name or name in results else name
+            results[name] = [read_json(folder / "eval.json") for folder in group]
         everyone = [result for seeds in results.values() for result in seeds]
         if all("by_t" in result for result in everyone):
             ceilings = {json.dumps(result["ceiling"]): result["ceiling"] for result in everyone}    # the seeds differ
