@@ -335,7 +335,9 @@ class LoRALinear(nn.Module):
 
 
 def merge_lora(model):
-    """Fold the adapters into the weights that they adapt; returns the model, now without any."""
+    """Fold the adapters into the weights that they adapt, rounded to these weights' dtype; returns the model, now
+    without any.
+    """
     for name, m in list(model.named_modules()):
         if isinstance(m, LoRALinear):
             out_features, in_features = m.weight.shape

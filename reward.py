@@ -544,6 +544,18 @@ def load_reward(path, base=None, template=None):
     return VideoReward.from_pretrained(path, base, template) if vlm else LatentReward.from_pretrained(path)
 
 
+def check_reward(path, toy):
+    """Refuse, before any work, a reward that cannot judge what the model makes: Shapes world or latents of a Wan."""
+    try:
+        vlm = is_video_reward(path)
+    except ValueError as e:
+        fail(e)
+    if vlm and toy:
+        fail(f"{path} judges files of videos, which Shapes world has none of: take a run of train_reward.py")
+    if not vlm and (LatentReward.from_pretrained(path).config.in_dim == 3) != toy:
+        fail(f"{path} judges the latents of {'a Wan' if toy else 'Shapes world'}: name another reward")
+
+
 def score_videos(reward, paths, prompts, cache_file, normalise=True):
     """VideoReward's scores (n, 3) of video files and their prompts; each distinct pair is scored once.
 

@@ -32,7 +32,7 @@ from data import (DIMS, FRAMES, HERE, PROMPTS, RANK, SIZE, WORLD, ShapesCodec, W
                   embed_text, fail, find, launch, on_rank_0, oracle, overall, read_json, read_table, rng, split_of,
                   start_ranks, start_run, to_float, to_uint8, with_overall, write_json, write_video)
 from model import VideoDiT, load_lora, lora_disabled, merge_lora, read_tensors, save_tensors
-from reward import LatentReward, load_reward, print_accuracies, score_clean, score_videos, spread
+from reward import (LatentReward, check_reward, load_reward, print_accuracies, score_clean, score_videos, spread)
 
 
 # ---- the sampler ----
@@ -104,21 +104,27 @@ def find_model(path):
     fail(f"{path} does not exist: --model and --ckpt take a run folder, a Wan folder or a hub repository")
 
 
-def origin(path):
-    """(the pretrained model at the root of path, whether that is a toy of Shapes world).
-
-    An aligned run names in its config.json the model that it started from; a toy's weights name their world.
+def lineage(path):
+    """[folder of the model at path, of the one it was aligned from, .., of the pretrained one]: an aligned run names in
+    its config.json the model that it started from.
     """
     folder = Path(find_model(path))
-    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     try:
         args = read_json(folder / "config.json").get("args") if (folder / "config.json").exists() else None
-        toy = file.exists() and "world" in read_tensors(file)[1]
     except ValueError as e:
         fail(e)
-    if isinstance(args, dict) and args.get("loss") != "pretrain":
-        return origin(args.get("model"))
-    return str(folder), toy
+    aligned = isinstance(args, dict) and args.get("loss") != "pretrain"
+    return [folder, *(lineage(args.get("model")) if aligned else [])]
+
+
+def origin(path):
+    """(the pretrained model at the root of path, whether that is a toy of Shapes world, which its weights say)."""
+    folder = lineage(path)[-1]
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    try:
+        return str(folder), file.exists() and "world" in read_tensors(file)[1]
+    except ValueError as e:
+        fail(e)
 
 
 def load_model(path, dtype=torch.float32):
@@ -199,12 +205,15 @@ def look(videos):
 
 
 def hacking(result):
-    """A line if the reward prefers the new videos while the oracle does not, or while a mean of look is 30 % below
-    the start's; else "".
+    """A line if a reward prefers the new videos while the oracle does not, or while a mean of look is 30 % below the
+    start's; else, or where no reward was asked, "".
     """
+    asked = result.get("win_rate_reward", result["win_rate"] if "judge" in result else None)
+    if asked is None:
+        return ""
     fell = [f"{name} fell from {x:.3f} to {result['look'][name]:.3f}" for name, x in result["look_start"].items()
             if result["look"][name] < 0.7 * x]
-    judge = result.get("win_rate_reward", result["win_rate"])["Overall"]
+    judge = asked["Overall"]
     if (truth := result["win_rate"]["Overall"]) < 0.5:
         fell.append(f"the oracle prefers them in {truth:.0%} only")
     hacked = judge > 0.5 and fell
@@ -264,23 +273,25 @@ def table(results):
 def score_table(results):
     """Markdown of {name: [result of each seed]} of Shapes world: the oracle's mean scores, in brackets the share in per
     cent of the gap from the start model to flawless videos that was closed, and the distance from the reference.
-
-    The rows of the start and of flawless videos are means over the draws that the runs do not share.
     """
-    names, everyone = (*DIMS, "Overall"), [result for seeds in results.values() for result in seeds]
+    names = (*DIMS, "Overall")
 
     def plain(name, key):
-        draws = {tuple(result[key][dim] for dim in DIMS) for result in everyone}
-        return f"| {name} | {' | '.join(spread(scores, 2) for scores in zip(*draws))} | | |"
+        """Rows of the starts or of flawless videos: one where all runs have the same."""
+        rows = defaultdict(list)
+        for run, seeds in results.items():
+            rows[" | ".join(spread([result[key][dim] for result in seeds], 2) for dim in DIMS)].append(run)
+        whose = lambda runs: f" of {', '.join(runs)}" if len(rows) > 1 else ""
+        return [f"| {name}{whose(runs)} | {row} | | |" for row, runs in rows.items()]
 
     lines = ["| oracle's score (gap closed, %) | " + " | ".join(names) + " | distance |", "|---|" + "---|" * 5,
-             plain("start", "oracle_start")]
+             *plain("start", "oracle_start")]
     for run, seeds in results.items():
         closed = {dim: "(" + spread([100 * result["gap_closed"][dim] for result in seeds], 0) + ")" for dim in names}
         cells = [spread([result["oracle"][dim] for result in seeds], 2) + " " + closed[dim] for dim in DIMS]
         moved = [result["distance"] for result in seeds if "distance" in result]
         lines.append(f"| {run} | {' | '.join(cells)} | {closed['Overall']} | {spread(moved, 4) if moved else ''} |")
-    return "\n".join([*lines, plain("flawless", "oracle_clean")])
+    return "\n".join([*lines, *plain("flawless", "oracle_clean")])
 
 
 def difference_table(results):
@@ -312,14 +323,16 @@ def compare(runs, out):
         results = {}
         for group in groups.values():
             name = commonprefix([folder.name for folder in group]).rstrip("_-")
-            name = group[0].name if not name or name in results else name
+            name = name if name and name not in results else str(group[0])
             results[name] = [read_json(folder / "eval.json") for folder in group]
         everyone = [result for seeds in results.values() for result in seeds]
         if all("by_t" in result for result in everyone):
             ceilings = {json.dumps(result["ceiling"]): result["ceiling"] for result in everyone}    # the seeds differ
             print_accuracies({"ceiling": list(ceilings.values())} | {
                 name: [result["by_t"]["0.0"] for result in seeds] for name, seeds in results.items()})
-            return print(f"\n{difference_table(results)}")
+            if all("differences" in result for result in everyone):
+                print(f"\n{difference_table(results)}")
+            return
         if bare := [name for name, seeds in results.items() if not all("win_rate" in result for result in seeds)]:
             raise KeyError(f"{bare[0]} has none")
         print(table(results))
@@ -403,8 +416,8 @@ class Args:
     dtype: Literal["fp32", "bf16"] | None = None  # of the linear maps; unset: bf16 for a Wan on CUDA
     seed: int = 0                           # of the noise
     eval: int = 0                           # toy: instead of writing videos, win rates on this many held-out draws
-    split: str = "eval"                     # toy, with --eval: prompts to draw, eval or val
-    against: str = ""                       # model to compare with; base: what --ckpt started from; unset: unguided
+    split: Literal["eval", "val"] = "eval"  # toy, with --eval: prompts to draw; val is for tuning
+    against: str = ""                       # model to compare with; base: without adapters; unset, of --eval: unguided
     reward: str = ""                        # Wan: who judges --against, and the best and worst of --n_per_prompt
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     compare: list = ()                      # run folders to compare by their eval.json; nothing is sampled
@@ -453,8 +466,8 @@ def trained_on(ckpt):
 
 def check(args):
     """(rows of prompts, whether the model is the toy): fill unset flags, refuse what cannot work before loading it."""
-    if not (args.prompt or args.prompts or args.eval):
-        fail(f"nothing to draw: give --prompt \"{PROMPTS[0]}\", --prompts FILE, --eval 512 or --compare RUN RUN")
+    if bool(args.prompt) + bool(args.prompts) + bool(args.eval) != 1 or args.x:
+        fail(f"one thing at a time: --prompt \"{PROMPTS[0]}\", --prompts FILE, --eval 512 or --compare RUN RUN")
     check_counts(args, "n_per_prompt", "steps", "batch")
     if len(args.dim_w) != len(DIMS):
         fail(f"--dim_w takes {len(DIMS)} numbers, for {', '.join(DIMS)}; e.g. --dim_w 0.5,0.5,0")
@@ -479,6 +492,8 @@ def check(args):
             fail("--reward judges a comparison or picks the best of several: add --against base or --n_per_prompt 4")
         if shared := args.against and trained_on(args.ckpt) & {row["prompt"].strip() for row in rows}:
             print(f"{len(shared)} of the prompts are in the pairs that {args.ckpt} saw: win rates on them flatter it")
+    for path in filter(None, (args.nrg, args.reward)):
+        check_reward(path, toy)
     if args.lora and not Path(args.lora).is_file():
         fail(f"--lora {args.lora} does not exist")
     folder = Path(find_model(args.ckpt or args.model))
@@ -489,9 +504,10 @@ def check(args):
 
 
 def main(args):
-    """Sample, evaluate or compare; returns the result of evaluate, or the names of the files written."""
+    """Sample, evaluate or compare; returns what eval.json holds, where there is one, or the lines of a figure."""
     if args.compare:
-        out = Path(find(args.compare[-1])).parent / "compare.png" if args.out == Args.out else Path(args.out)
+        unset = Path(find(args.compare[-1])).parent / ("plot.png" if args.x else "compare.png")
+        out = unset if args.out == Args.out else Path(args.out)
         if out.suffix != ".png" or not out.absolute().parent.is_dir():
             fail(f"--out {args.out}: --compare draws one .png, in a folder that exists")
         return plot(args.compare, args.x, args.y, args.by, out) if args.x else compare(args.compare, out)
@@ -579,7 +595,10 @@ def judged(reward, folder, names, latents, prompts, codec):
     """Normalised scores (n, 3) of generated videos: of their latents, or of their files by a VideoReward."""
     if isinstance(reward, LatentReward):
         return score_clean(reward, latents, codec.embed(prompts))
-    return score_videos(reward, [folder / f"{name}.mp4" for name in names], prompts, folder / "scores.jsonl")
+    try:
+        return score_videos(reward, [folder / f"{name}.mp4" for name in names], prompts, folder / "scores.jsonl")
+    except ValueError as e:
+        fail(e)
 
 
 def write_pairs(path, names, prompts, r, n):

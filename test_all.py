@@ -986,6 +986,8 @@ def test_on_policy_pairs_are_the_best_and_worst_of_the_models_own_videos_round_a
         assert torch.allclose(m(xt, t, text), start(xt, t, text), atol=1e-5)
     assert not torch.allclose(m(xt, t, text), start(xt, t, text), atol=1e-5)
     assert sample.main(sample.Args(ckpt=str(runs / "round2"), cfg=1.0, steps=2, against=str(runs / "base"), eval=4, out=str(runs / "rounds")))["n"] == 4
+    with pytest.raises(SystemExit):                                             # a third in place of the first, which the second needs
+        train_align.main(replace(args, model=str(runs / "round2"), out=str(runs / "round1")))
 
 
 def test_the_distance_is_the_mean_squared_difference_of_velocities():
@@ -1015,9 +1017,12 @@ def test_flawless_videos_close_the_whole_gap_and_the_start_none_of_it():
     part |= {"oracle": dict(VQ=0.3, MQ=0.4, TA=0.5), "oracle_start": dict(VQ=0.2, MQ=0.5, TA=0.8), "oracle_clean": other["oracle_clean"],
              "distance": 0.25, "gap_closed": dict(VQ=1.0, MQ=0.03, TA=0.3, Overall=-0.2)}
     said = sample.score_table({"half": [part, other], "alone": [other]}).splitlines()
-    assert said[2] == "| start | 0.10 ± 0.14 | 0.50 ± 0.00 | 0.90 ± 0.14 | | |"
-    assert said[3] == "| half | 0.20 ± 0.14 (50 ± 71) | 0.30 ± 0.14 (2 ± 1) | 0.40 ± 0.14 (40 ± 14) | (-15 ± 7) | 0.3750 ± 0.1768 |"
-    assert said[4] == "| alone | 0.10 (0) | 0.20 (1) | 0.30 (50) | (-10) | 0.5000 |"
+    assert said[2] == "| start of half | 0.10 ± 0.14 | 0.50 ± 0.00 | 0.90 ± 0.14 | | |"
+    assert said[3] == "| start of alone | 0.00 | 0.50 | 1.00 | | |"
+    assert said[4] == "| half | 0.20 ± 0.14 (50 ± 71) | 0.30 ± 0.14 (2 ± 1) | 0.40 ± 0.14 (40 ± 14) | (-15 ± 7) | 0.3750 ± 0.1768 |"
+    assert said[5] == "| alone | 0.10 (0) | 0.20 (1) | 0.30 (50) | (-10) | 0.5000 |"
+    said = sample.score_table({"this": [part], "that": [part]}).splitlines()
+    assert said[2] == "| start | 0.20 | 0.50 | 0.80 | | |" and len(said) == 6
     assert said[5] == "| flawless | " + " | ".join(f"{part['oracle_clean'][dim]:.2f}" for dim in DIMS) + " | | |"
 
 
@@ -1119,7 +1124,12 @@ BAD = [
     (train_reward, "--tie 1", "above 1"),
     (train_reward, "--depth 99", "blocks"),
     (train_reward, "--model runs/nowhere", "does not exist"),
-    (sample, "", "nothing to draw"),
+    (sample, "", "one thing at a time"),
+    (sample, "--eval 4 --prompt p", "one thing at a time"),
+    (sample, "--eval 4 --x beta", "one thing at a time"),
+    (sample, "--eval 4 --split test", "invalid choice"),
+    (train_align, "--lora_rank 0 --dtype bf16", "too coarse"),
+    (train_align, "--loss pretrain --lora_rank 4", "trains all weights"),
     (sample, "--prompt 'a dog'", "not a prompt of Shapes world"),
     (sample, "--ckpt runs/nowhere --eval 4", "does not exist"),
     (sample, "--model {cut} --eval 4", "cannot be read as safetensors"),
@@ -1582,13 +1592,15 @@ def test_dpo_on_wan_trains_a_lora_that_diffusers_loads_to_the_same_model(wan, ca
     assert (v - theirs).norm() < 1e-5 * theirs.norm()
 
 
-def test_sft_rwr_bf16_and_checkpointing_on_wan(wan):
+def test_sft_and_dpo_in_bf16_and_checkpointing_on_wan(wan):
     """The paper's losses run in the precision and with the memory saving that a real Wan needs."""
-    for name, changes in (("sft", dict(loss="sft", dtype="bf16")), ("plain", dict(checkpointing=False))):
+    for name, changes in (("sft", dict(loss="sft", dtype="bf16")), ("half", dict(dtype="bf16")), ("plain", dict(checkpointing=False))):
         train_align.main(wan_args(wan, name, steps=2, accumulate=1, batch=2, **changes))
     train_align.main(wan_args(wan, "kept", steps=2, accumulate=1, batch=2, checkpointing=True))
     plain, kept = (model_file.read_tensors(wan / name / "lora.safetensors")[0] for name in ("plain", "kept"))
     assert all(torch.allclose(plain[k], kept[k], atol=1e-6) for k in plain)
+    plain, half = (json.loads((wan / name / "log.jsonl").read_text())["err_ref_w"] for name in ("plain", "half"))
+    assert plain != half and plain == pytest.approx(half, rel=0.02)
 
 
 def test_a_wan_sharded_over_two_processes_trains_as_in_one(wan, tmp_path):

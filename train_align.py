@@ -33,8 +33,8 @@ from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, Pairs, WanCodec, add
                   stop_broken, to_uint8, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, whole
-from reward import VideoReward, load_reward, score_clean, score_videos
-from sample import eval_prompts, evaluate, find_model, load_model, origin, report, toy_videos
+from reward import VideoReward, check_reward, load_reward, score_clean, score_videos
+from sample import eval_prompts, evaluate, lineage, load_model, origin, report, toy_videos
 
 # What unset flags fall to. The second column is the paper's Table 10, which has one recipe for all three losses;
 # the first was tuned on validation prompts.
@@ -236,9 +236,13 @@ def check(args):
     recipe = {name: columns[wan] for name, columns in RECIPES.items()} | (PRETRAIN if pretrain else {})
     recipe |= dict(checkpointing=wan, together=None if wan else True, compile=wan and torch.cuda.is_available(),
                    out=f"runs/{args.loss}")
+    if args.lora_rank == 0:                                                     # steps of all weights vanish in bf16
+        recipe["dtype"] = "fp32"
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value[args.loss] if isinstance(value, dict) else value)
+    if not args.lora_rank and args.dtype == "bf16":
+        fail("--dtype bf16 is too coarse for the steps of all weights: give --lora_rank a number above 0")
     if args.batch % WORLD:
         fail(f"--batch {args.batch} cannot be shared out evenly: take a multiple of the {WORLD} processes")
     if args.shard and (WORLD == 1 or not wan or not args.lora_rank or args.ema or args.resume):
@@ -248,6 +252,8 @@ def check(args):
         fail(f"--dim_w takes {len(DIMS)} numbers, not all zero, for {', '.join(DIMS)}; e.g. --dim_w 0,0,1")
     if args.loss == "rwr" and args.labels == "human":
         fail("--loss rwr weighs videos by their scores and human labels have none: use --labels reward or oracle")
+    if pretrain and args.lora_rank:
+        fail("--loss pretrain trains all weights: leave --lora_rank out")
     if args.pairs == "generate" and (pretrain or args.labels == "human" or args.samples < 2):
         fail("--pairs generate takes --loss dpo, rwr or sft, --labels reward or oracle and at least --samples 2")
     if wan:
@@ -257,16 +263,15 @@ def check(args):
         if args.labels == "oracle":
             fail("--labels oracle knows Shapes world alone: with --pairs use human, the file's labels, or reward")
     if not pretrain:
-        find_model(args.model)
-        if Path(args.out).resolve() == Path(args.model).resolve():
-            fail(f"--out {args.out} is the model itself: name another folder")
+        if any(Path(args.out).resolve() == folder.resolve() for folder in lineage(args.model)):
+            fail(f"--out {args.out} is the model itself or one that it started from: name another folder")
         if not wan:                                                             # small: refuse what does not fit now
             if not origin(args.model)[1]:
                 fail(f"{args.model} is no toy of Shapes world: --pairs takes a file of pairs, and sample.py "
                      "--n_per_prompt 4 --reward RUN makes one of its own videos")
             load_model(args.model)
-            if args.labels == "reward":
-                load_reward(args.reward)
+        if args.labels == "reward":
+            check_reward(args.reward, not wan)
     check_out(args.out)
 
 
@@ -440,6 +445,7 @@ def tune(args, model, pairs):
     activations = block + c.num_layers * kept if args.checkpointing else c.num_layers * block
     total, device = weights + optimizer + activations, next(model.parameters()).device
     if args.together is None:
+        torch.cuda.empty_cache()                                                # of what encoded and labelled the pairs
         more = device.type == "cuda" and total - torch.cuda.memory_allocated() > 0.9 * torch.cuda.mem_get_info()[0]
         args.together = not (args.checkpointing and args.loss != "sft" and any(gather(more)))   # ranks do the same
     if not args.together and args.checkpointing:                                # one block at work on one of the two
@@ -447,6 +453,8 @@ def tune(args, model, pairs):
     print(f"expecting about {total / 1e9:.1f} GB: weights {weights / 1e9:.1f}, gradients and optimizer "
           f"{optimizer / 1e9:.1f}, activations {activations / 1e9:.1f}, "
           f"the videos of a pair {'together' if args.together else 'one after the other'}")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()                                    # the peak at the end is training's
 
 
 def summary(stats):
@@ -508,7 +516,8 @@ def finish(args, run, model, reference, reward):
     if of_files(args):
         peak = torch.cuda.max_memory_allocated() if next(model.parameters()).is_cuda else None
         print("" if peak is None else f"peak memory {peak / 1e9:.1f} GB; ", end="")
-        print(f"wrote {run}; see and judge it: python sample.py --ckpt {run} --prompts prompts.csv --against base")
+        start = "base" if args.lora_rank else args.model
+        print(f"wrote {run}; see and judge it: python sample.py --ckpt {run} --prompts prompts.csv --against {start}")
         return None
     prompts = eval_prompts(args.eval_n, args.split)
     videos = toy_videos(model, prompts, args.seed, args.eval_steps)

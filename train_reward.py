@@ -23,7 +23,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
-from data import (DIMS, PROMPTS, WanCodec, check_clip_args, check_counts, check_out, command, ctrl_c, draw_noise,
+from data import (DIMS, PROMPTS, WORLD, WanCodec, check_clip_args, check_counts, check_out, command, ctrl_c, draw_noise,
                   encode, fail, launch, load_state, log, overall, read_pairs, report_pairs, rng, save_state, split_of,
                   start_run, step_rows, stop_broken, toy_pairs, with_overall, world_hash, write_json)
 from losses import bt, btt, masked_mean, mix, regression
@@ -139,6 +139,8 @@ def check(args):
         fail(f"--tie {args.tie} leaves no room for ties: it must be above 1 (the paper takes 5)")
     if args.label_noise <= 0:
         fail(f"--label_noise {args.label_noise}: give a number above 0")
+    if WORLD > 1:
+        fail("rewards are trained and measured by one process: python train_reward.py, without torchrun")
     check_counts(args, "n_pairs", "steps", "batch", "accumulate", "save_every", "n_eval")
     check_out(args.out)
     try:
