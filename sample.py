@@ -381,7 +381,7 @@ def plot(runs, x, ys, by, out):
         axes.set_xscale("log")
     axes.set_xlabel(x)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(out, dpi=100)
     print(f"wrote {out}")
     return lines
