@@ -277,11 +277,12 @@ def score_table(results):
     names = (*DIMS, "Overall")
 
     def plain(name, key):
-        """Rows of the starts or of flawless videos: one where all runs have the same."""
+        """Rows of the starts or of flawless videos: one of most runs, and of those that have another."""
         rows = defaultdict(list)
         for run, seeds in results.items():
             rows[" | ".join(spread([result[key][dim] for result in seeds], 2) for dim in DIMS)].append(run)
-        whose = lambda runs: f" of {', '.join(runs)}" if len(rows) > 1 else ""
+        most = max(rows.values(), key=len)
+        whose = lambda runs: "" if runs is most else f" of {', '.join(runs)}"
         return [f"| {name}{whose(runs)} | {row} | | |" for row, runs in rows.items()]
 
     lines = ["| oracle's score (gap closed, %) | " + " | ".join(names) + " | distance |", "|---|" + "---|" * 5,

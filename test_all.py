@@ -1017,7 +1017,7 @@ def test_flawless_videos_close_the_whole_gap_and_the_start_none_of_it():
     part |= {"oracle": dict(VQ=0.3, MQ=0.4, TA=0.5), "oracle_start": dict(VQ=0.2, MQ=0.5, TA=0.8), "oracle_clean": other["oracle_clean"],
              "distance": 0.25, "gap_closed": dict(VQ=1.0, MQ=0.03, TA=0.3, Overall=-0.2)}
     said = sample.score_table({"half": [part, other], "alone": [other]}).splitlines()
-    assert said[2] == "| start of half | 0.10 ± 0.14 | 0.50 ± 0.00 | 0.90 ± 0.14 | | |"
+    assert said[2] == "| start | 0.10 ± 0.14 | 0.50 ± 0.00 | 0.90 ± 0.14 | | |"
     assert said[3] == "| start of alone | 0.00 | 0.50 | 1.00 | | |"
     assert said[4] == "| half | 0.20 ± 0.14 (50 ± 71) | 0.30 ± 0.14 (2 ± 1) | 0.40 ± 0.14 (40 ± 14) | (-15 ± 7) | 0.3750 ± 0.1768 |"
     assert said[5] == "| alone | 0.10 (0) | 0.20 (1) | 0.30 (50) | (-10) | 0.5000 |"
