@@ -32,7 +32,7 @@ from data import (DIMS, FRAMES, HERE, PROMPTS, RANK, SIZE, WORLD, ShapesCodec, W
                   embed_text, fail, find, launch, on_rank_0, oracle, overall, read_json, read_table, rng, split_of,
                   start_ranks, start_run, to_float, to_uint8, with_overall, write_json, write_video)
 from model import VideoDiT, load_lora, lora_disabled, merge_lora, read_tensors, save_tensors
-from reward import (LatentReward, check_reward, load_reward, print_accuracies, score_clean, score_videos, spread)
+from reward import LatentReward, check_reward, load_reward, print_accuracies, score_clean, score_videos, spread
 
 
 # ---- the sampler ----
@@ -213,11 +213,11 @@ def hacking(result):
         return ""
     fell = [f"{name} fell from {x:.3f} to {result['look'][name]:.3f}" for name, x in result["look_start"].items()
             if result["look"][name] < 0.7 * x]
-    judge = asked["Overall"]
     if (truth := result["win_rate"]["Overall"]) < 0.5:
         fell.append(f"the oracle prefers them in {truth:.0%} only")
-    hacked = judge > 0.5 and fell
-    return f"reward hacking? The reward prefers the videos in {judge:.0%}, but {', '.join(fell)}" if hacked else ""
+    hacked = asked["Overall"] > 0.5 and fell
+    said = f"reward hacking? The reward prefers the videos in {asked['Overall']:.0%}, but {', '.join(fell)}"
+    return said if hacked else ""
 
 
 def evaluate(videos, start, prompts, reward=None):

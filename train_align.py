@@ -476,8 +476,8 @@ def summary(stats):
 # ---- the doctor ----
 
 # (condition, sentence), of an event and of the run's first. Healthy runs are silent: when the toy's DPO works, the
-# size of its logits passes 0.1 within 50 steps, its gradient factor stays above 0.3, and
-# the winner's error rises to no more than 1.3 times the reference's, the loser's a little further.
+# size of its logits passes 0.1 within 50 steps, its gradient factor stays above 0.3, and the winner's error rises to
+# no more than 1.3 times the reference's, the loser's a little further.
 SYMPTOMS = (
     (lambda e, first: e["step"] >= 50 and e["logit"] < 0.02,
      "the loss is still log 2, with logits of {logit:.4f}: nothing is learnt; raise --beta or --lr"),
