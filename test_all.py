@@ -1820,11 +1820,13 @@ def contender(args, step, ours, compiled, weights, config, batch):
 
 
 def take_turns(functions, rounds, device):
-    """Seconds (rounds, n) of n functions that take turns, and the most bytes that each added on a GPU (n)."""
+    """Seconds (rounds, n) of n functions that take turns, and the most bytes that each added on a GPU (n). Every other
+    turn goes backwards, so that no function always runs in what the same other one left in the caches.
+    """
     sync, added = (torch.cuda.synchronize if device == "cuda" else lambda: None), [0] * len(functions)
     seconds = np.zeros((rounds + 2, len(functions)))
     for turn in range(rounds + 2):                                              # two to compile and to warm up
-        for i, function in enumerate(functions):
+        for i, function in list(enumerate(functions))[::1 - 2 * (turn % 2)]:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
