@@ -540,7 +540,7 @@ def clean_videos(prompts):
 ORACLE_STD = (0.166, 0.272, 0.218)    # of VQ, MQ, TA over the flawed mixture: what Overall divides by
 
 
-def oracle(video, prompts, chunk=64):
+def oracle(video, prompts, chunk=8):
     """The true VQ, MQ and TA in [0, 1], (B, 3) fp32, measured from the pixels (B, 3, T, H, W) in [-1, 1] and
     the prompt alone.
 
