@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import timedelta
-from functools import lru_cache, partialmethod, wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,8 @@ def start_ranks():
     atexit.register(dist.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")
-        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+        init = tqdm.__init__
+        tqdm.__init__ = lambda *args, **kwargs: init(*args, **kwargs | {"disable": True})
 
 
 def gather(x):
@@ -112,6 +114,15 @@ def fail(message):
     raise SystemExit(2)
 
 
+@contextmanager
+def user_errors():
+    """Inside, or in a function that has this as its decorator, a ValueError is the user's to mend: it fails in one line."""
+    try:
+        yield
+    except ValueError as e:
+        fail(e)
+
+
 def parse_args(cls, doc, argv=None):
     """An instance of the dataclass cls from the command line. Annotations give the types, trailing comments
     the help.
@@ -129,7 +140,7 @@ def parse_args(cls, doc, argv=None):
         if type(None) in typing.get_args(kind):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         note = notes.get(f.name, "").replace("%", "%%")
-        options = dict(default=f.default, help=note if f.default in (None, ()) else f"{note} [{f.default}]")
+        options = dict(default=f.default, help=note if f.default in (None, (), "") else f"{note} [{f.default}]")
         if f.default is MISSING:
             options = dict(required=True, help=note)
         if typing.get_origin(kind) is typing.Literal:
@@ -177,8 +188,23 @@ def find(path, *names):
     return found
 
 
+def fetch(name, wanted):
+    """The folder at name, as given or beside this file; else the wanted files of the hub repository of that name.
+    ValueError where there is neither.
+    """
+    if Path(name).is_absolute() or Path(name).exists() or (HERE / name).exists():
+        return find(name)
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=wanted))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{name} does not exist here and cannot be had from the hub: {str(e).splitlines()[0]}") from None
+
+
 def check_counts(args, *names):
-    """Refuse a number below 1 of the flags that count something."""
+    """Refuse a number below 1 of the flags that count something, and a negative seed."""
+    if args.seed < 0:
+        fail(f"--seed {args.seed}: give 0 or a whole number above it")
     for name in names:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: give a whole number above 0")
@@ -216,10 +242,8 @@ def start_run(args, device="cpu"):
     """
     run = Path(args.out)
     if getattr(args, "resume", False) and (run / "config.json").exists():
-        try:
+        with user_errors():
             own = (read_json(run / "config.json").get("args") or {}) | {"resume": True}
-        except ValueError as e:
-            fail(e)
         now = json.loads(json.dumps(asdict(args)))
         if other := [f"--{k} was {own.get(k)}, not {v}" for k, v in now.items() if own.get(k) != v]:
             fail(f"--resume: {run} was made by another command ({'; '.join(other[:3])}): give the same arguments")
@@ -230,9 +254,10 @@ def start_run(args, device="cpu"):
             run.rename(f"{run}.{n}")
             print(f"{run} held an earlier run: it is now {run}.{n}")
         run.mkdir(parents=True, exist_ok=True)
-        git = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        git = shutil.which("git") and subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"],
+                                                     capture_output=True, text=True)
         write_json(run / "config.json", {
-            "command": command(args), "args": asdict(args), "commit": git.stdout.strip(), "world": world_hash(),
+            "command": command(args), "args": asdict(args), "commit": git.stdout.strip() if git else "", "world": world_hash(),
             "torch": torch.__version__, "python": sys.version.split()[0],
             "device": str(device), "threads": torch.get_num_threads()})
     except OSError as e:
@@ -401,7 +426,7 @@ COLOURS = {"red": (1, .1, .1), "yellow": (1, 1, .1), "green": (.1, 1, .1),
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}   # (x, y), y downwards
 PROMPTS = [f"a {c} {s} moving {d}" for c in COLOURS for s in SHAPES for d in DIRECTIONS]
-TEXT_LEN = 8                                   # word slots; the rest is zero, as Wan pads its prompts to 512
+TEXT_LEN, TEXT_DIM = 8, 32              # word slots, zero after the last word as Wan pads its prompts; their width
 
 
 def attributes(prompts):
@@ -426,12 +451,12 @@ def split_of(prompt):
     return {0: "eval", 4: "eval", 2: "val"}.get((c + 2 * s + 3 * d) % 8, "train")
 
 
-def embed_text(prompts, text_dim=32):
-    """Frozen word embeddings (B, TEXT_LEN, text_dim): each word is a normal vector seeded by its letters."""
-    out = torch.zeros(len(prompts), TEXT_LEN, text_dim)
+def embed_text(prompts):
+    """Frozen word embeddings (B, TEXT_LEN, TEXT_DIM): each word is a normal vector seeded by its letters."""
+    out = torch.zeros(len(prompts), TEXT_LEN, TEXT_DIM)
     for b, prompt in enumerate(prompts):
         for s, word in enumerate(prompt.lower().split()[:TEXT_LEN]):
-            out[b, s] = torch.randn(text_dim, generator=rng(word))
+            out[b, s] = torch.randn(TEXT_DIM, generator=rng(word))
     return out
 
 
@@ -489,14 +514,14 @@ def render(wanted, defects, g):
     colour, shape, direction = torch.where(uniform(3) < defects[:, 5:], other, wanted).T
 
     # where: constant velocity through a point near the middle, then the flaws of motion
-    v = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float64)[direction]
-    v = v * (1.0 + 0.5 * uniform(1))                                            # px / frame
-    middle = (SIZE - 1) / 2 + (uniform(2) - 0.5) * (10 - 7 * v.abs().sign())    # +-1.5 px along, +-5 px across
+    speed = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float64)[direction]
+    speed = speed * (1.0 + 0.5 * uniform(1))                                    # (B, 2), px / frame
+    middle = (SIZE - 1) / 2 + (uniform(2) - 0.5) * (10 - 7 * speed.abs().sign())    # +-1.5 px along, +-5 px across
     clock = torch.arange(FRAMES, dtype=torch.float64).repeat(B, 1)
     held = uniform(FRAMES) < 0.6 * stutter[:, None]
     for f in range(1, FRAMES):                                                  # a held frame repeats the last
         clock[:, f] = torch.where(held[:, f], clock[:, f - 1], clock[:, f])
-    path = middle[:, None] + v[:, None] * (clock - (FRAMES - 1) / 2)[..., None]            # (B, T, 2)
+    path = middle[:, None] + speed[:, None] * (clock - (FRAMES - 1) / 2)[..., None]        # (B, T, 2)
     path = path + 1.5 * jitter[:, None, None] * torch.randn(B, FRAMES, 2, generator=g, dtype=torch.float64)
     angle, when = 2 * np.pi * uniform(1), 2 + (uniform(1) * (FRAMES - 3)).floor()
     jump = 5 * teleport[:, None] * torch.cat([angle.cos(), angle.sin()], dim=1)
@@ -514,13 +539,11 @@ def render(wanted, defects, g):
 
 
 def flawed_videos(n, split, g):
-    """n videos of random renderers: (video (n, 3, T, H, W) in [-1, 1], prompts, renderer index (n,)); split
-    None is every prompt.
-    """
+    """n videos of random renderers, (n, 3, T, H, W) in [-1, 1], and their prompts; split None is every prompt."""
     names = [p for p in PROMPTS if split in (None, split_of(p))]
     prompts = [names[i] for i in torch.randint(len(names), (n,), generator=g)]
     who = torch.randint(len(RENDERERS), (n,), generator=g)
-    return render_as(who, prompts, g), prompts, who
+    return render_as(who, prompts, g), prompts
 
 
 def render_as(who, prompts, g):
@@ -540,7 +563,7 @@ def clean_videos(prompts):
 ORACLE_STD = (0.166, 0.272, 0.218)    # of VQ, MQ, TA over the flawed mixture: what Overall divides by
 
 
-def oracle(video, prompts, chunk=8):
+def oracle(video, prompts):
     """The true VQ, MQ and TA in [0, 1], (B, 3) fp32, measured from the pixels (B, 3, T, H, W) in [-1, 1] and
     the prompt alone.
 
@@ -550,7 +573,7 @@ def oracle(video, prompts, chunk=8):
       MQ        presence * smooth * moving * steady: near a constant-velocity path, at speed, with equal frames
       TA        presence * (colour + shape + direction) / 3, each the degree to which it is the prompted one
     """
-    parts = [_oracle(video[i:i + chunk], prompts[i:i + chunk]) for i in range(0, len(video), chunk)]
+    parts = [_oracle(video[i:i + 8], prompts[i:i + 8]) for i in range(0, len(video), 8)]    # 8 stay in a CPU's cache
     return torch.cat(parts).float()
 
 
@@ -623,7 +646,7 @@ def world_hash():
     It stands in the metadata of all weights trained on this world: change the world and they must be trained
     again.
     """
-    video, prompts, _ = flawed_videos(8, None, rng(0))
+    video, prompts = flawed_videos(8, None, rng(0))
     parts = [PROMPTS, [split_of(p) for p in PROMPTS], ORACLE_STD] + [
         (1000 * x).round().int().tolist() for x in (embed_text(PROMPTS[:1]), video, _oracle(video, prompts))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
@@ -638,12 +661,6 @@ def check_world(metadata, path):
 
 # ---- Shapes world: annotators and preference pairs ----
 
-def overall(r, dim_w=(1, 1, 1)):
-    """The scalar reward (...): weighted mean of normalised scores r (..., 3) over the dimensions. Sec. 5.2."""
-    dim_w = torch.tensor(dim_w, dtype=r.dtype, device=r.device)
-    return (r * dim_w).sum(-1) / dim_w.abs().sum()
-
-
 def with_overall(score):
     """Oracle scores (B, 3) in units of their standard deviation on the flawed mixture, and their mean: (B, 4)."""
     z = score / torch.tensor(ORACLE_STD)
@@ -653,7 +670,7 @@ def with_overall(score):
 SHARPNESS = (1.5, 1.5, 1.5, 2.5)      # logits per standard deviation of the oracle, for VQ, MQ, TA, Overall
 
 
-def annotate(score_a, score_b, g, tie=5.0, noise=1.0):
+def annotate(score_a, score_b, g, noise=1.0):
     """Human labels (B, 4) for VQ, MQ, TA, Overall: +1 A, 0 same, -1 B, drawn from the oracle's margins by
     Rao-Kupper.
 
@@ -661,7 +678,7 @@ def annotate(score_a, score_b, g, tie=5.0, noise=1.0):
     ties.
     """
     d = (with_overall(score_a) - with_overall(score_b)) * torch.tensor(SHARPNESS) / noise
-    u, log_tie = torch.rand(d.shape, generator=g), np.log(tie)
+    u, log_tie = torch.rand(d.shape, generator=g), np.log(5)
     return (u < torch.sigmoid(d - log_tie)).float() - (u > 1 - torch.sigmoid(-d - log_tie)).float()
 
 
@@ -827,8 +844,8 @@ def read_pairs(path):
     if bad:
         more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
         fail(f"{path}, {bad[0]}{more}: mend the file; paths are relative to its folder")
-    if numbers := sorted({word for word in odd if re.fullmatch(r"[-+]?\d+(\.\d*)?", word)}):
-        fail(f"{path} has the labels {', '.join(numbers[:5])}: write A, B or same, numbers do not say which one won")
+    if numeric := sorted({word for word in odd if re.fullmatch(r"[-+]?\d+(\.\d*)?", word)}):
+        fail(f"{path} has the labels {', '.join(numeric[:5])}: write A, B or same, numbers do not say which one won")
     if odd:
         seen = ", ".join(sorted({repr(word) for word in odd})[:5])
         print(f"{path}: {len(odd)} labels are neither A, B nor same ({seen}): taken as unlabelled")
@@ -848,18 +865,25 @@ def to_float(video):
     return video.float() / 127.5 - 1
 
 
-def video_info(path):
-    """(frames, fps, height, width) of a video file, without decoding it. ValueError names a file that is no video."""
+@contextmanager
+def open_video(path):
+    """(PyAV's container, its video stream, frames per second or 0). ValueError names a file that is no video."""
     import av
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise ValueError(f"{path} has no video in it")
             stream = container.streams.video[0]
-            fps, size = float(stream.average_rate or stream.guessed_rate or 0), (stream.height, stream.width)
-            count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
+            yield container, stream, float(stream.average_rate or stream.guessed_rate or 0)
     except (av.FFmpegError, OSError, AttributeError) as e:                      # a stream without a codec has no size
         raise ValueError(f"{path} cannot be read as a video: {e}") from None
+
+
+def video_info(path):
+    """(frames, fps, height, width) of a video file, without decoding it. ValueError names a file that is no video."""
+    with open_video(path) as (container, stream, fps):
+        size = stream.height, stream.width
+        count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
     if count < 1 or not fps > 0:
         raise ValueError(f"{path} has {count} frames at {fps:g} frames per second")
     if max(size) > 8192:
@@ -873,22 +897,14 @@ def read_video(path, indices=None):
 
     Decoding stops after the last one wanted. ValueError names a file that cannot be read or is too short.
     """
-    import av
     wanted, frames = None if indices is None else set(int(i) for i in indices), {}
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} has no video in it")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            for i, frame in enumerate(container.decode(stream)):
-                if wanted is None or i in wanted:
-                    frames[i] = frame.to_ndarray(format="rgb24")
-                if wanted is not None and len(frames) == len(wanted):
-                    break
-            fps = float(stream.average_rate or stream.guessed_rate or 0)
-    except (av.FFmpegError, OSError, AttributeError) as e:
-        raise ValueError(f"{path} cannot be read as a video: {e}") from None
+    with open_video(path) as (container, stream, fps):
+        stream.thread_type = "AUTO"
+        for i, frame in enumerate(container.decode(stream)):
+            if wanted is None or i in wanted:
+                frames[i] = frame.to_ndarray(format="rgb24")
+            if wanted is not None and len(frames) == len(wanted):
+                break
     missing = sorted((wanted or set()) - set(frames))
     if missing or not frames:
         raise ValueError(f"{path} has no frame {missing[0] if missing else 0}")
@@ -915,7 +931,7 @@ def write_video(path, video, fps):
         container.mux(stream.encode())
 
 
-def contact_sheet(path, rows, height=48, max_frames=8):
+def contact_sheet(path, rows, max_frames=8):
     """Write a PNG of rows of cells (caption, video (3, T, H, W) in [-1, 1]): strips of frames over their captions."""
     from PIL import Image, ImageDraw
     strips = []
@@ -925,6 +941,7 @@ def contact_sheet(path, rows, height=48, max_frames=8):
             some = np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round()
             frames = frames[some].cpu().numpy()
             strips.append((caption, Image.fromarray(np.concatenate(frames, axis=1))))
+    height = 48                                                                 # px of a strip
     scale = height / strips[0][1].height
     width = max(int(max(strip.width for _, strip in strips) * scale), 200) + 12
     columns = max(len(row) for row in rows)
@@ -970,43 +987,39 @@ class WanCodec:
     fps = WAN_FPS
 
     def __init__(self, path, device="cpu"):
-        self.path, self.device, self.loaded_vae = str(path), device, None
-        self.folder = Path(path)
-        if not self.folder.exists():
-            from huggingface_hub import snapshot_download
-            try:
-                wanted = ["vae/*", "text_encoder/*", "tokenizer/*"]
-                self.folder = Path(snapshot_download(self.path, allow_patterns=wanted))
-            except (OSError, ValueError) as e:
-                fail(f"{path} is no folder here and cannot be had from the hub: {e}")
-        missing = [name for name in ("vae", "text_encoder", "tokenizer") if not (self.folder / name).is_dir()]
-        if missing:
-            fail(f"{path} holds no {', '.join(missing)}: take a folder or hub repository in diffusers' layout "
-                 "(Wan-AI/Wan2.1-T2V-1.3B-Diffusers, for example)")
-        try:
+        self.device, self.loaded_vae = device, None
+        with user_errors():
+            self.folder = fetch(path, ["vae/*", "text_encoder/*", "tokenizer/*"])
+            missing = [name for name in ("vae", "text_encoder", "tokenizer") if not (self.folder / name).is_dir()]
+            if missing:
+                fail(f"{path} holds no {', '.join(missing)}: take a folder or hub repository in diffusers' layout "
+                     "(Wan-AI/Wan2.1-T2V-1.3B-Diffusers, for example)")
             self.config = read_json(self.folder / "vae" / "config.json")
-        except ValueError as e:
-            fail(e)
+
+    def embed(self, prompts):
+        """Text (n, 512, text_dim) fp32 on the CPU, with zeros after the last token as in official Wan."""
+        return pad_text(self.embed_rows(prompts))
 
     @torch.no_grad()
-    def embed(self, prompts, batch=8):
-        """Text (n, 512, text_dim) fp32 on the CPU, prompts cleaned as diffusers' WanPipeline does, zeros after the
-        last token as in official Wan. The encoder leaves memory before this returns.
+    def embed_rows(self, prompts, batch=8):
+        """[(S, text_dim)] fp32 on the CPU, S the prompt's own length; prompts are cleaned as diffusers' WanPipeline does.
+        The encoder leaves memory before this returns.
         """
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
         from transformers import AutoTokenizer, UMT5EncoderModel
+        self.loaded_vae = None
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
         encoder = UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", dtype=dtype).to(self.device).eval()
         rows = []
-        for i in tqdm(range(0, len(prompts), batch), desc="prompts", leave=False, disable=len(prompts) <= batch):
+        for i in tqdm(range(0, len(prompts), batch), desc="prompts", leave=False):
             words = tokenizer([prompt_clean(p) for p in prompts[i:i + batch]], padding="max_length", truncation=True,
                               max_length=WAN_TEXT_LEN, return_tensors="pt").to(self.device)
             states = encoder(words.input_ids, words.attention_mask).last_hidden_state.float().cpu()
-            rows += [row[:n] for row, n in zip(states, words.attention_mask.sum(1).tolist())]
+            rows += [row[:n].clone() for row, n in zip(states, words.attention_mask.sum(1).tolist())]
         del encoder
-        torch.cuda.is_available() and torch.cuda.empty_cache()
-        return pad_text(rows)
+        torch.cuda.empty_cache()
+        return rows
 
     def latent_shape(self, frames, size):
         time, space = self.config.get("scale_factor_temporal") or 4, self.config.get("scale_factor_spatial") or 8
@@ -1035,20 +1048,20 @@ class WanCodec:
         return torch.cat([vae.decode(x[None].to(self.device) * std + mean).sample.clamp(-1, 1).cpu() for x in latents])
 
 
-def pad_text(rows, length=WAN_TEXT_LEN):
-    """Embeddings [(S, text_dim)] as one fp32 tensor (n, length, text_dim) with zeros after the last token."""
-    return torch.stack([F.pad(row.float(), (0, 0, 0, length - len(row))) for row in rows])
+def pad_text(rows):
+    """Embeddings [(S, text_dim)] as one fp32 tensor (n, 512, text_dim) with zeros after the last token."""
+    return torch.stack([F.pad(row.float(), (0, 0, 0, WAN_TEXT_LEN - len(row))) for row in rows])
 
 
-def clip_frames(path, frames, fps=WAN_FPS):
-    """Indices (frames,) of the frames of a video file that stand at multiples of 1 / fps seconds.
+def clip_frames(path, frames):
+    """Indices (frames,) of the frames of a video file that stand at multiples of 1/16 second.
 
-    ValueError names a file that is no video or lasts less than (frames - 1) / fps seconds.
+    ValueError names a file that is no video or lasts less than (frames - 1) / 16 seconds.
     """
-    count, own_fps, _, _ = video_info(path)
-    if count / own_fps < (frames - 1) / fps:
-        raise ValueError(f"{path} lasts {count / own_fps:.2f} s, too short for {frames} frames at {fps} per second")
-    return (np.arange(frames) * own_fps / fps).round().astype(int).clip(max=count - 1)
+    count, fps, _, _ = video_info(path)
+    if count / fps < (frames - 1) / WAN_FPS:
+        raise ValueError(f"{path} lasts {count / fps:.2f} s, too short for {frames} frames at {WAN_FPS} per second")
+    return (np.arange(frames) * fps / WAN_FPS).round().astype(int).clip(max=count - 1)
 
 
 def read_clip(path, frames, size):
@@ -1138,15 +1151,15 @@ def encode(pairs, codec, cache, frames, size, skip_bad=False):
           f"{len(texts)} prompts are there; encoding the rest")
     mine = todo_text[RANK::WORLD]
     for i in range(0, len(mine), 1024):
-        for p, x in zip(mine[i:i + 1024], codec.embed(mine[i:i + 1024])):
-            save_cached(x[:int(x.any(1).nonzero().max()) + 1], texts[p])
-    for path, (file, line) in tqdm(list(todo.items())[RANK::WORLD], desc="videos", disable=not todo):
+        for p, x in zip(mine[i:i + 1024], codec.embed_rows(mine[i:i + 1024])):
+            save_cached(x, texts[p])
+    for path, (file, line) in tqdm(list(todo.items())[RANK::WORLD], desc="videos"):
         if path not in bad:
             clip = attempt(path, line, lambda: read_clip(path, frames, size))
             if clip is not None:
                 save_cached(codec.encode(clip[None])[0], file)
     codec.loaded_vae = None
-    torch.cuda.is_available() and torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     bad = {path: e for errors in gather(bad) for path, e in errors.items()}
     good = [i for i, pair in enumerate(pairs.paths) if not bad.keys() & set(pair)]
     if bad:
@@ -1157,7 +1170,6 @@ def encode(pairs, codec, cache, frames, size, skip_bad=False):
     pairs = pairs.subset(good)
     pairs.files = [(videos[a][0], videos[b][0], texts[p]) for (a, b), p in zip(pairs.paths, pairs.prompts)]
     return pairs
-
 
 
 # ---- the script ----
@@ -1194,7 +1206,7 @@ def shapes_sheet(path):
     """Draw the twelve renderers, and the same prompts without flaws, with their oracle scores."""
     prompts = PROMPTS[::6]                                                      # 12 of them, one for each renderer
     bad = render_as(torch.arange(len(RENDERERS)), prompts, rng(0)).float()
-    good = render(attributes(prompts), torch.zeros(len(prompts), len(DEFECTS)), rng(0)).float()
+    good = clean_videos(prompts)
     cells = [(RENDERERS, bad, oracle(bad, prompts)), (["flawless"] * len(prompts), good, oracle(good, prompts))]
     contact_sheet(path, list(zip(*[[(f"{name}: {prompt}  {caption_of(score)}", video)
                                     for name, prompt, video, score in zip(names, prompts, videos, scores)]

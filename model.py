@@ -10,7 +10,7 @@ where a file is read or written.
 import json
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -126,8 +126,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm computed in fp32 whatever the dtype of x. As one norm and two products: F.rms_norm takes a CPU, there
-    and back, up to twice as long.
+    """RMS norm computed in fp32 whatever the dtype of x. On a CPU F.rms_norm takes up to twice as long, forward and
+    backward, so it is written as a norm and two products.
     """
 
     def forward(self, x):
@@ -247,10 +247,11 @@ class VideoDiT(nn.Module):
         """Velocity like xt (B, C, T, H, W), from t (B,) in [0, 1] and text (B, S, text_dim).
 
         With depth=k, the hidden states (B, L, D) after the first k blocks instead. T, H and W must be
-        multiples of the patch. A model whose linear maps are 16 bit computes in 16 bit autocast.
+        multiples of the patch. A model whose linear maps are 16 bit computes in 16 bit autocast; in one of fp32 the
+        caller decides.
         """
         dtype = self.patch_embedding.weight.dtype
-        with torch.autocast(xt.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(xt.device.type, dtype) if dtype != torch.float32 else nullcontext():
             x = self.patch_embedding(xt)                                         # (B, D, T', H', W')
             grid = tuple(x.shape[2:])
             x = x.flatten(2).transpose(1, 2).contiguous()                        # (B, L, D)
@@ -391,8 +392,8 @@ def save_lora(model, path, metadata=None):
 def load_lora(model, path):
     """Add the adapters of a file, in save_lora's format or under diffusers' names; returns the model.
 
-    diffusers keeps alpha in the header or, as others do, in `<layer>.alpha`. ValueError names a tensor that has no
-    place in the model: an adapter that loads in part is worse than one that doesn't.
+    alpha stands in the header (diffusers) or in `<layer>.alpha` (others). ValueError names a tensor that has no place in
+    the model: an adapter that loads in part is worse than one that doesn't.
     """
     tensors, metadata = read_tensors(path)
     alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("transformer.lora_alpha")
@@ -484,14 +485,29 @@ def save_tensors(tensors, path, metadata=None):
     os.replace(f"{path}.tmp", path)
 
 
-def read_tensors(path):
-    """(tensors, metadata) of a safetensors file. ValueError names a file that is none or is cut short."""
+@contextmanager
+def open_tensors(path):
+    """A safetensors file, opened. ValueError names a file that is none or is cut short."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+            yield file
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} cannot be read as safetensors: {e}") from None
+
+
+def read_tensors(path):
+    """(tensors, metadata) of a safetensors file. ValueError as open_tensors."""
+    with open_tensors(path) as file:
+        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+
+
+def read_metadata(path):
+    """The metadata of a safetensors file, {} where it is missing. ValueError as open_tensors."""
+    if not Path(path).exists():
+        return {}
+    with open_tensors(path) as file:
+        return file.metadata() or {}
 
 
 def load_strict(module, tensors, path):

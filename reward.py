@@ -30,9 +30,20 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import (DIMS, FRAMES, HERE, SIZE, caption_of, check_world, embed_text, fail, find, flawed_videos, launch,
-                  oracle, overall, read_json, read_video, rng, to_float, video_info, write_json)
+from data import (DIMS, FRAMES, SIZE, caption_of, check_world, embed_text, fail, fetch, find, flawed_videos, launch,
+                  oracle, read_json, read_video, rng, to_float, user_errors, video_info, write_json)
 from model import Config, LayerNorm, VideoDiT, add_lora, load_strict, read_tensors, save_tensors
+
+
+def overall(r, dim_w=(1, 1, 1)):
+    """The scalar reward (...): weighted mean of normalised scores r (..., 3) over the dimensions. Sec. 5.2."""
+    dim_w = torch.tensor(dim_w, dtype=r.dtype, device=r.device)
+    return (r * dim_w).sum(-1) / dim_w.abs().sum()
+
+
+def and_overall(r):
+    """Normalised scores r (..., 3) and their mean, Overall: (..., 4)."""
+    return torch.cat([r, overall(r)[..., None]], dim=-1)
 
 
 # ---- the latent reward ----
@@ -58,6 +69,11 @@ class LatentReward(nn.Module):
         self.register_buffer("mean", torch.zeros(len(DIMS)))                    # of raw scores on the validation set
         self.register_buffer("std", torch.ones(len(DIMS)))
 
+    @property
+    def of_shapes(self):
+        """Whether it judges pixels of Shapes world, and not the latents of a Wan."""
+        return self.config.in_dim == 3
+
     def forward(self, xt, t, text):
         """Raw scores (B, 3) from xt (B, C, T, H, W), t (B,) in [0, 1] and text (B, S, text_dim)."""
         h = self.norm(self.dit(xt, t, text, depth=self.depth))                  # (B, L, D)
@@ -68,10 +84,9 @@ class LatentReward(nn.Module):
         gate = 1 + self.word(F.layer_norm(words, words.shape[-1:]))             # (B, D)
         return (h * gate[:, None] * self.out).sum(-1)
 
-    def score(self, xt, t, text, normalise=True):
-        """Scores (B, 3), z-normalised on the validation set unless normalise is off."""
-        raw = self(xt, t, text)
-        return (raw - self.mean) / self.std if normalise else raw
+    def score(self, xt, t, text):
+        """Scores (B, 3), z-normalised on the validation set."""
+        return (self(xt, t, text) - self.mean) / self.std
 
     @classmethod
     def from_base(cls, model, depth=2):
@@ -87,26 +102,25 @@ class LatentReward(nn.Module):
                      {"config": json.dumps(self.config.to_diffusers()), "depth": str(self.depth), **metadata})
 
     @classmethod
+    @user_errors()
     def from_pretrained(cls, path):
         """The reward of a run folder of train_reward.py, fp32 and in eval mode."""
         file = find(path, "reward.safetensors") / "reward.safetensors"
-        try:
-            tensors, metadata = read_tensors(file)
-            if "world" in metadata:
-                check_world(metadata, file)
-            if not {"config", "depth"} <= metadata.keys():
-                raise ValueError(f"{file} does not say how deep a model it is of")
-            reward = cls(Config.from_dict(json.loads(metadata["config"])), int(metadata["depth"]))
-            load_strict(reward, {k: v.float() for k, v in tensors.items()}, file)
-        except ValueError as e:
-            fail(e)
+        tensors, metadata = read_tensors(file)
+        if "world" in metadata:
+            check_world(metadata, file)
+        if not {"config", "depth"} <= metadata.keys():
+            fail(f"{file} does not say how deep a model it is of")
+        reward = cls(Config.from_dict(json.loads(metadata["config"])), int(metadata["depth"]))
+        load_strict(reward, {k: v.float() for k, v in tensors.items()}, file)
         return reward.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def score_clean(reward, x0, text, batch=64):
-    """Normalised scores (B, 3) of clean latents x0 (t = 0), in batches, on the CPU."""
-    parts, device = zip(x0.split(batch), text.split(batch)), reward.mean.device
+def score_clean(reward, x0, text):
+    """Normalised scores (B, 3) of clean latents x0 (t = 0), on the CPU."""
+    batch, device = 64 if reward.of_shapes else 1, reward.mean.device           # of a Wan one fills a GPU
+    parts = zip(x0.split(batch), text.split(batch))
     clean = lambda x: torch.zeros(len(x), device=device)
     return torch.cat([reward.score(x.to(device), clean(x), y.to(device)).cpu() for x, y in parts])
 
@@ -337,7 +351,7 @@ class VideoReward(nn.Module):
         dtype None is fp32, or bf16 beside a GPU.
         """
         dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-        self.identity = fingerprint(tensors, self.settings, dtype)
+        self.identity = identity(tensors, self.settings, dtype)
         merge_adapters(tensors, self.settings)
         if len(tensors.get(EMBEDDING, ())) == len(self.tokenizer):
             tensors.setdefault("rows", tensors[EMBEDDING][self.token_ids])
@@ -346,23 +360,22 @@ class VideoReward(nn.Module):
         return self
 
     @classmethod
+    @user_errors()
     def from_base(cls, base, reward_token="special", template=None):
         """An untrained VideoReward on a Qwen2-VL folder or hub repository: a new head, and new tokens if special."""
-        try:
-            text = read_template(template) if template else RUBRIC
-            settings = SETTINGS | {"reward_token": reward_token, "template": text}
-            if reward_token != "special":                                       # Table 6, row III: one place for all
-                settings |= {"output_dim": len(DIMS), "template": re.sub("|".join(map(re.escape, TOKENS)), "", text)}
-            folder = fetch(base, [*BASE_FILES, "*.safetensors"])
-            config, tokenizer = read_base(folder, folder, reward_token == "special")
-            reward = cls(config, tokenizer, settings)
-            nn.init.normal_(reward.rm_head.weight, std=0.02)
-            tensors = {**read_base_weights(folder, len(tokenizer)), "rm_head.weight": reward.rm_head.weight.detach()}
-            return reward.load(tensors, base)
-        except ValueError as e:
-            fail(e)
+        text = read_template(template) if template else RUBRIC
+        settings = SETTINGS | {"reward_token": reward_token, "template": text}
+        if reward_token != "special":                                           # Table 6, row III: one place for all
+            settings |= {"output_dim": len(DIMS), "template": re.sub("|".join(map(re.escape, TOKENS)), "", text)}
+        folder = fetch(base, [*BASE_FILES, "*.safetensors"])
+        config, tokenizer = read_base(folder, folder, reward_token == "special")
+        reward = cls(config, tokenizer, settings)
+        nn.init.normal_(reward.rm_head.weight, std=0.02)
+        tensors = {**read_base_weights(folder, len(tokenizer)), "rm_head.weight": reward.rm_head.weight.detach()}
+        return reward.load(tensors, base)
 
     @classmethod
+    @user_errors()
     def from_pretrained(cls, checkpoint, base=None, template=None, dtype=None):
         """The VideoReward of a folder or hub repository, its LoRA merged, in eval mode.
 
@@ -370,23 +383,20 @@ class VideoReward(nn.Module):
         an adapter, and what save writes. base: the Qwen2-VL, if not the one that the checkpoint names; template: the
         file for read_template; dtype: of Qwen2-VL, see load.
         """
-        try:
-            folder, step = locate(checkpoint)
-            settings, named = read_settings(folder, template)
-            own, whole = step / "reward.safetensors", step / "model.pth"
-            adapter = not own.exists() and not whole.exists()
-            base = fetch(base or named, [*BASE_FILES, "*.safetensors"] if adapter else BASE_FILES)
-            words = step / "tokenizer" if (step / "tokenizer").is_dir() else base
-            config, tokenizer = read_base(base, words, settings["reward_token"] == "special")
-            if adapter:                                 # the later wins: an adapter may hold the embeddings as well
-                tensors = {**read_base_weights(base, len(tokenizer)),
-                           **our_names(unpickle(step / "non_lora_state_dict.pth")),
-                           **our_names(read_tensors(step / "adapter_model.safetensors")[0])}
-            else:
-                tensors = our_names(read_tensors(own)[0] if own.exists() else unpickle(whole))
-            return cls(config, tokenizer, settings).load(tensors, step, dtype).eval().requires_grad_(False)
-        except ValueError as e:
-            fail(e)
+        folder, step = locate(checkpoint)
+        settings, named = read_settings(folder, template)
+        own, whole = step / "reward.safetensors", step / "model.pth"
+        adapter = not own.exists() and not whole.exists()
+        base = fetch(base or named, [*BASE_FILES, "*.safetensors"] if adapter else BASE_FILES)
+        words = step / "tokenizer" if (step / "tokenizer").is_dir() else base
+        config, tokenizer = read_base(base, words, settings["reward_token"] == "special")
+        if adapter:                                     # the later wins: an adapter may hold the embeddings as well
+            tensors = {**read_base_weights(base, len(tokenizer)),
+                       **our_names(unpickle(step / "non_lora_state_dict.pth")),
+                       **our_names(read_tensors(step / "adapter_model.safetensors")[0])}
+        else:
+            tensors = our_names(read_tensors(own)[0] if own.exists() else unpickle(whole))
+        return cls(config, tokenizer, settings).load(tensors, step, dtype).eval().requires_grad_(False)
 
 
 # ---- VideoReward: what its files hold ----
@@ -395,18 +405,6 @@ EMBEDDING = "qwen.language_model.embed_tokens.weight"
 BASE_FILES = ["config.json", "*token*", "vocab.json", "merges.txt", "chat_template*"]
 CHECKPOINT_FILES = ["model_config.json", "checkpoint-*/*.safetensors", "checkpoint-*/model.pth",
                     "checkpoint-*/non_lora_state_dict.pth", "checkpoint-*/tokenizer/*", "reward.safetensors", "base/*"]
-
-
-def fetch(name, wanted):
-    """The folder at name, as given or beside this file; else the wanted files of the hub repository of that name."""
-    if Path(name).is_absolute() or Path(name).exists() or (HERE / name).exists():
-        return find(name)
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=wanted))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{name} does not exist, and the hub has no such repository or can't be reached: "
-                         f"{str(e).splitlines()[0]}") from None
 
 
 def is_qwen(name):
@@ -522,7 +520,7 @@ def merge_adapters(tensors, settings):
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() + scale * B @ A
 
 
-def fingerprint(tensors, settings, dtype):
+def identity(tensors, settings, dtype):
     """A short name for these weights, settings and precision, by which cached scores know their reward."""
     digest = hashlib.sha256(json.dumps([settings, str(dtype)], sort_keys=True).encode())
     for key in sorted(tensors):                                                 # training moves every tensor's start
@@ -535,33 +533,31 @@ def is_video_reward(path):
     return (fetch(path, ["model_config.json"]) / "model_config.json").exists()
 
 
+@user_errors()
 def load_reward(path, base=None, template=None):
-    """The reward in a folder or hub repository, a VideoReward or a LatentReward, as what it holds says."""
-    try:
-        vlm = is_video_reward(path)
-    except ValueError as e:
-        fail(e)
-    return VideoReward.from_pretrained(path, base, template) if vlm else LatentReward.from_pretrained(path)
+    """The reward at path: a VideoReward of a folder or hub repository, or the LatentReward of a run folder."""
+    if is_video_reward(path):
+        return VideoReward.from_pretrained(path, base, template)
+    return LatentReward.from_pretrained(path)
 
 
+@user_errors()
 def check_reward(path, toy):
     """Refuse, before any work, a reward that cannot judge what the model makes: Shapes world or latents of a Wan."""
-    try:
-        vlm = is_video_reward(path)
-    except ValueError as e:
-        fail(e)
+    vlm = is_video_reward(path)
     if vlm and toy:
         fail(f"{path} judges files of videos, which Shapes world has none of: take a run of train_reward.py")
-    if not vlm and (LatentReward.from_pretrained(path).config.in_dim == 3) != toy:
+    if not vlm and LatentReward.from_pretrained(path).of_shapes != toy:
         fail(f"{path} judges the latents of {'a Wan' if toy else 'Shapes world'}: name another reward")
 
 
-def score_videos(reward, paths, prompts, cache_file, normalise=True):
-    """VideoReward's scores (n, 3) of video files and their prompts; each distinct pair is scored once.
+@user_errors()
+def score_videos(reward, paths, prompts, cache_file):
+    """VideoReward's normalised scores (n, 3) of video files and their prompts; each distinct pair is scored once.
 
     Every raw score is at once added to cache_file, a line of JSON each: reward.identity, the video's path, size and
-    time of change, the prompt, VQ, MQ, TA. So an interrupted run goes on where it stopped. ValueError names a video
-    that can't be scored.
+    time of change, the prompt, VQ, MQ, TA. So an interrupted run goes on where it stopped. A video that can't be scored
+    ends in one line.
     """
     try:
         stats = {path: os.stat(path) for path in set(paths)}
@@ -584,8 +580,13 @@ def score_videos(reward, paths, prompts, cache_file, normalise=True):
             known[key] = reward.score([key[1]], [key[-1]], normalise=False)[0].tolist()
             file.write(json.dumps([*key, *known[key]]) + "\n")
             file.flush()
-    r = torch.tensor([known[key] for key in keys])
-    return reward.normalised(r) if normalise else r
+    return reward.normalised(torch.tensor([known[key] for key in keys]))
+
+
+def score_files(reward, pairs, cache):
+    """VideoReward's normalised scores (n, 2, 3) of the files A and B of Pairs; cache: folder of what was scored before."""
+    paths, prompts = [path for pair in pairs.paths for path in pair], [prompt for prompt in pairs.prompts for _ in "AB"]
+    return score_videos(reward, paths, prompts, f"{cache}/scores.jsonl").view(-1, 2, len(DIMS))
 
 
 # ---- how good is a reward? ----
@@ -663,27 +664,24 @@ class Args:
     raw: bool = False                       # print VideoReward's scores as they are, not normalised
 
 
+@user_errors()
 def main(args):
     """Print the scores of videos, or of a few random ones of Shapes world; returns them (B, 3)."""
-    try:
-        check_videos(args.video)
-        vlm = is_video_reward(args.ckpt)
-        if vlm and not (args.video and args.prompt):
-            fail("VideoReward scores video files: name some, and with --prompt the text they were made from")
-        reward = load_reward(args.ckpt, args.base, args.template)
-        if vlm:
-            reward.to("cuda" if torch.cuda.is_available() else "cpu")
-            scores = reward.score(args.video, [args.prompt] * len(args.video), not args.raw)
-            return print_scores(args.video, scores)
-        return print_toy(args, reward)
-    except ValueError as e:
-        fail(e)
+    check_videos(args.video)
+    if not is_video_reward(args.ckpt):
+        check_reward(args.ckpt, toy=True)
+        return print_toy(args, LatentReward.from_pretrained(args.ckpt))
+    if not (args.video and args.prompt):
+        fail("VideoReward scores video files: name some, and with --prompt the text they were made from")
+    reward = VideoReward.from_pretrained(args.ckpt, args.base, args.template)
+    reward.to("cuda" if torch.cuda.is_available() else "cpu")
+    return print_scores(args.video, reward.score(args.video, [args.prompt] * len(args.video), not args.raw))
 
 
 def print_scores(names, scores):
     """Print VideoReward's scores (B, 3) as a table; returns them."""
     print(f"{'':36} " + " ".join(f"{name:>8}" for name in (*DIMS, "Overall")))
-    for name, r in zip(names, torch.cat([scores, overall(scores)[:, None]], dim=1).tolist()):
+    for name, r in zip(names, and_overall(scores).tolist()):
         print(f"{str(name)[-36:]:36} " + " ".join(f"{x:+8.3f}" for x in r))
     print("normalised, 0 is an average video and negative is normal; raw, the sign means nothing")
     return scores
@@ -695,7 +693,7 @@ def print_toy(args, reward):
         x0 = torch.cat([toy_latents(path) for path in args.video])
         prompts, names = [args.prompt] * len(x0), args.video
     else:
-        x0, prompts, _ = flawed_videos(8, "eval", rng(0))
+        x0, prompts = flawed_videos(8, "eval", rng(0))
         names, x0 = prompts, x0.float()
     truth = oracle(x0, prompts)
     scores = score_clean(reward, x0, embed_text(prompts))

@@ -29,10 +29,11 @@ from tqdm import tqdm
 
 from data import (DIMS, FRAMES, HERE, PROMPTS, RANK, SIZE, WORLD, ShapesCodec, WanCodec, attributes, caption_of,
                   check_clip_args, check_counts, check_out, check_world, clean_videos, collect, contact_sheet,
-                  embed_text, fail, find, launch, on_rank_0, oracle, overall, read_json, read_table, rng, split_of,
-                  start_ranks, start_run, to_float, to_uint8, with_overall, write_json, write_video)
-from model import VideoDiT, load_lora, lora_disabled, merge_lora, read_tensors, save_tensors
-from reward import LatentReward, check_reward, load_reward, print_accuracies, score_clean, score_videos, spread
+                  embed_text, fail, find, fingerprint, launch, on_rank_0, oracle, read_json, read_table, rng, split_of,
+                  start_ranks, start_run, to_float, to_uint8, user_errors, with_overall, write_json, write_video)
+from model import VideoDiT, load_lora, lora_disabled, merge_lora, read_metadata, read_tensors, save_tensors
+from reward import (LatentReward, and_overall, check_reward, load_reward, overall, print_accuracies, score_clean,
+                    score_videos, spread)
 
 
 # ---- the sampler ----
@@ -83,7 +84,7 @@ def nrg(velocity, reward, rg_scale, dim_w=(1.0, 1.0, 1.0), max_ratio=float("inf"
             r = reward(x, t)
             grad, = torch.autograd.grad((r * torch.as_tensor(dim_w, dtype=r.dtype, device=r.device)).sum(), x)
         push = rg_scale * t / (1 - t) * grad
-        norm = lambda y: y.flatten(1).norm(dim=1) if y.dim() > 1 else y.abs()
+        norm = lambda y: y.reshape(len(y), -1).norm(dim=1)
         ratio = norm(push) / norm(v.float()).clamp(min=1e-12)                   # (B,)
         if ratios is not None:
             ratios.append(ratio.mean().item())
@@ -104,56 +105,70 @@ def find_model(path):
     fail(f"{path} does not exist: --model and --ckpt take a run folder, a Wan folder or a hub repository")
 
 
+@user_errors()
 def lineage(path):
     """[folder of the model at path, of the one it was aligned from, .., of the pretrained one]: an aligned run names in
     its config.json the model that it started from.
     """
     folder = Path(find_model(path))
-    try:
-        args = read_json(folder / "config.json").get("args") if (folder / "config.json").exists() else None
-    except ValueError as e:
-        fail(e)
+    args = read_json(folder / "config.json").get("args") if (folder / "config.json").exists() else None
     aligned = isinstance(args, dict) and args.get("loss") != "pretrain"
     return [folder, *(lineage(args.get("model")) if aligned else [])]
 
 
+def weights_of(folder):
+    """The file with the weights that a run trained, or a pretrained toy's."""
+    lora = Path(folder) / "lora.safetensors"
+    return lora if lora.exists() else Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors"
+
+
+@user_errors()
 def origin(path):
     """(the pretrained model at the root of path, whether that is a toy of Shapes world, which its weights say)."""
     folder = lineage(path)[-1]
-    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    try:
-        return str(folder), file.exists() and "world" in read_tensors(file)[1]
-    except ValueError as e:
-        fail(e)
+    return str(folder), "world" in read_metadata(weights_of(folder))
 
 
+def start_of(path):
+    """A short hash of the weights at path, by which a run that was trained on top of them knows them again; "" of a Wan
+    in several files or on the hub.
+    """
+    file = weights_of(find_model(path))
+    return fingerprint(file) if file.exists() else ""
+
+
+@user_errors()
 def load_model(path, dtype=torch.float32):
     """The VideoDiT at path, eval mode, its adapters on where it was trained with LoRA; dtype of its linear maps."""
-    folder = find_model(path)
-    try:
-        if (Path(folder) / "lora.safetensors").exists():
-            start = read_json(folder / "config.json").get("args") or {}
-            model = load_lora(merge_lora(load_model(start.get("model"), dtype)), folder / "lora.safetensors")
-            return model.eval().requires_grad_(False)
-        file = Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors"
-        if file.exists() and "world" in (metadata := read_tensors(file)[1]):
+    folder, file = find_model(path), weights_of(find_model(path))
+    metadata = read_metadata(file)
+    if file.name == "lora.safetensors":
+        start = (read_json(file.parent / "config.json").get("args") or {}).get("model")
+        if metadata.get("start", start_of(start)) != start_of(start):
+            fail(f"{path} was trained on top of {start}, which is another model now: bring that one back, or train again")
+        model = load_lora(merge_lora(load_model(start, dtype)), file)
+    else:
+        if "world" in metadata:
             check_world(metadata, file)
-        return VideoDiT.from_pretrained(folder, dtype).eval().requires_grad_(False)
-    except ValueError as e:
-        fail(e)
+        model = VideoDiT.from_pretrained(folder, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def check_not_model(out, path):
+    """Refuse to write a run over the model at path or over one that it started from."""
+    if any(Path(out).resolve() == folder.resolve() for folder in lineage(path)):
+        fail(f"--out {out} is the model itself or one that it started from: name another folder")
 
 
 @torch.no_grad()
-def generate(model, codec, prompts, seed, ts, size=(FRAMES, SIZE, SIZE), cfg_scale=1.0, negative="", reward=None,
+def generate(model, codec, prompts, texts, seed, ts, size=(FRAMES, SIZE, SIZE), cfg_scale=1.0, negative="", reward=None,
              rg_scale=1.0, dim_w=(1, 1, 1), max_ratio=float("inf"), ratios=None, batch=64):
     """Yield (latents (C, T', H', W'), video (3, T, H, W) in [-1, 1]) of each prompt, on the CPU.
 
-    size: frames, height, width of the videos; ts: decreasing times from 1 to 0. The i-th noise is a function of
-    (seed, i). Of several ranks each draws its share, prompts[RANK::WORLD].
+    texts: embed_all of prompts and negative; size: frames, height, width of the videos; ts: decreasing times from 1 to
+    0. The i-th noise is a function of (seed, i). Of several ranks each draws its share, prompts[RANK::WORLD].
     """
     device, shape = next(model.parameters()).device, codec.latent_shape(size[0], size[1:])
-    distinct = list(dict.fromkeys([*prompts, negative]))
-    texts = dict(zip(distinct, codec.embed(distinct)))
     at = lambda x, t: t.to(x).expand(len(x))                                    # one time for the whole batch
     mine = range(RANK, len(prompts), WORLD)
     for ids in tqdm([mine[i:i + batch] for i in range(0, len(mine), batch)], desc="sampling", leave=False):
@@ -169,9 +184,16 @@ def generate(model, codec, prompts, seed, ts, size=(FRAMES, SIZE, SIZE), cfg_sca
             yield x.cpu(), codec.decode(x[None])[0]
 
 
+def embed_all(codec, prompts, negative=""):
+    """{prompt: its embedding (S, text_dim)} of the distinct ones of prompts and negative."""
+    distinct = list(dict.fromkeys([*prompts, negative]))
+    return dict(zip(distinct, codec.embed(distinct)))
+
+
 def toy_videos(model, prompts, seed, steps=16, shift=3.0, **settings):
     """Videos (n, 3, T, H, W) in [-1, 1] of prompts of Shapes world."""
-    drawn = generate(model, ShapesCodec(), prompts, seed, timesteps(steps, shift), **settings)
+    codec = ShapesCodec()
+    drawn = generate(model, codec, prompts, embed_all(codec, prompts), seed, timesteps(steps, shift), **settings)
     return torch.stack(collect([video for _, video in drawn]))
 
 
@@ -191,7 +213,7 @@ def win_rate(r, r_start):
 
 def win_rates(r, r_start):
     """{"VQ", "MQ", "TA", "Overall"}: win rates of normalised scores r over r_start (n, 3); Overall is their mean."""
-    r, r_start = (torch.cat([x, overall(x)[:, None]], dim=1) for x in (r, r_start))
+    r, r_start = and_overall(r), and_overall(r_start)
     return {dim: round(win_rate(r[:, k], r_start[:, k]), 4) for k, dim in enumerate((*DIMS, "Overall"))}
 
 
@@ -205,8 +227,8 @@ def look(videos):
 
 
 def hacking(result):
-    """A line if a reward prefers the new videos while the oracle does not, or while a mean of look is 30 % below the
-    start's; else, or where no reward was asked, "".
+    """A warning if a reward prefers the new videos but the oracle does not, or a mean of look fell by 30 %; else, or where
+    no reward was asked, "".
     """
     asked = result.get("win_rate_reward", result["win_rate"] if "judge" in result else None)
     if asked is None:
@@ -224,8 +246,8 @@ def evaluate(videos, start, prompts, reward=None):
     """Win rates on Shapes world of videos over start, made from the same noise: by the oracle, and by the reward
     that labelled the pairs; and how much of the way from start to flawless videos the oracle's scores went.
 
-    Returns {"win_rate": {"VQ", "MQ", "TA", "Overall"}, "win_rate_reward", "gap_closed": ditto, "oracle": mean scores,
-    "oracle_start", "oracle_clean", "look": means of look, "look_start", "n"}.
+    Returns "win_rate", "win_rate_reward" and "gap_closed", each {"VQ", "MQ", "TA", "Overall"}; the oracle's mean scores
+    "oracle", "oracle_start" and "oracle_clean", each {"VQ", "MQ", "TA"}; the means of look, "look" and "look_start"; "n".
     """
     new, old, clean = (oracle(x, prompts) for x in (videos, start, clean_videos(prompts)))
     result = {"win_rate": win_rates(with_overall(new)[:, :3], with_overall(old)[:, :3])}
@@ -372,15 +394,18 @@ def plot(runs, x, ys, by, out):
                 lines[line][float(value(x))].append(float(value(y)))
         except (ValueError, KeyError, TypeError) as e:
             fail(f"{folder}: what it holds under {', '.join([x, *ys, *by])} cannot be drawn: {e}")
+    shares = all(y.startswith(("win_rate", "gap_closed", "by_t")) for y in ys)  # drawn in per cent
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for label, points in lines.items():
         places = sorted(points)
-        axes.errorbar(places, [np.mean(points[p]) for p in places], [np.std(points[p], ddof=len(points[p]) > 1)
-                                                                     for p in places], fmt="o-", ms=4, label=label)
+        values = [(100 if shares else 1) * np.array(points[p]) for p in places]
+        axes.errorbar(places, [v.mean() for v in values], [v.std(ddof=len(v) > 1) for v in values], fmt="o-", ms=4,
+                      label=label)
     places = [p for points in lines.values() for p in points]
     if min(places) > 0 and max(places) > 10 * min(places):
         axes.set_xscale("log")
     axes.set_xlabel(x)
+    axes.set_ylabel("per cent" if shares else "")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(out, dpi=100)
@@ -418,7 +443,7 @@ class Args:
     seed: int = 0                           # of the noise
     eval: int = 0                           # toy: instead of writing videos, win rates on this many held-out draws
     split: Literal["eval", "val"] = "eval"  # toy, with --eval: prompts to draw; val is for tuning
-    against: str = ""                       # model to compare with; base: without adapters; unset, of --eval: unguided
+    against: str = ""                       # model to compare with; base: the same without adapters; unset: unguided
     reward: str = ""                        # Wan: who judges --against, and the best and worst of --n_per_prompt
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     compare: list = ()                      # run folders to compare by their eval.json; nothing is sampled
@@ -443,13 +468,13 @@ def read_prompts(args):
     """[{"prompt": ..}] of the command line or the prompts file, empty ones refused by their line."""
     if not args.prompts:
         return [{"prompt": p} for p in args.prompt]
-    table = read_table(args.prompts)
-    if not table or "prompt" not in table[0][1]:
+    lines = read_table(args.prompts)
+    if not lines or "prompt" not in lines[0][1]:
         fail(f"{args.prompts} needs a column `prompt` and at least one row")
-    for line, row in table:
+    for line, row in lines:
         if not (row.get("prompt") or "").strip():
             fail(f"{args.prompts}, row {line} has no prompt")
-    rows = [row for _, row in table]
+    rows = [row for _, row in lines]
     names, last = file_names(args, rows), {}
     for k, name in enumerate(names):
         if last.setdefault(name, k) != k:
@@ -467,7 +492,7 @@ def trained_on(ckpt):
 
 def check(args):
     """(rows of prompts, whether the model is the toy): fill unset flags, refuse what cannot work before loading it."""
-    if bool(args.prompt) + bool(args.prompts) + bool(args.eval) != 1 or args.x:
+    if bool(args.prompt) + bool(args.prompts) + (args.eval > 0) != 1 or args.x:
         fail(f"one thing at a time: --prompt \"{PROMPTS[0]}\", --prompts FILE, --eval 512 or --compare RUN RUN")
     check_counts(args, "n_per_prompt", "steps", "batch")
     if len(args.dim_w) != len(DIMS):
@@ -481,10 +506,10 @@ def check(args):
     if toy:
         if args.reward:
             fail("--reward judges a Wan's videos: those of Shapes world have an oracle, which --eval 512 asks")
-        try:
+        if (args.frames, *args.size) != (FRAMES, SIZE, SIZE):
+            fail("--frames and --size are for a Wan: videos of Shapes world have one size")
+        with user_errors():
             attributes([row["prompt"] for row in rows])
-        except ValueError as e:
-            fail(e)
     else:
         check_clip_args(args)
         if args.eval:
@@ -500,6 +525,7 @@ def check(args):
     folder = Path(find_model(args.ckpt or args.model))
     if args.against == "base" and not (args.lora or (folder / "lora.safetensors").exists()):
         fail("--against base switches adapters off and this model has none: name the model to compare with")
+    check_not_model(args.out, args.ckpt or args.model)
     check_out(args.out)
     return rows, toy
 
@@ -518,17 +544,18 @@ def main(args):
     dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
     model = load_model(path, dtype)
     if args.lora:
-        try:
+        with user_errors():
             load_lora(model, args.lora)
-        except ValueError as e:
-            fail(e)
     model.to(device)
     guide = LatentReward.from_pretrained(args.nrg).to(device) if args.nrg else None
-    judge = load_reward(args.reward, template=args.template or None).to(device) if args.reward else None
+    for block in guide.dit.blocks if guide else ():
+        block.checkpointing = not toy                                           # a gradient through a Wan takes memory
+    judge = load_reward(args.reward, template=args.template).to(device) if args.reward else None
     codec = ShapesCodec() if toy else WanCodec(origin(path)[0], device)
     run, ratios = start_run(args, device), []
     prompts = [row["prompt"] for row in rows for _ in range(args.n_per_prompt)] or eval_prompts(args.eval, args.split)
-    settings = dict(codec=codec, prompts=prompts, seed=args.seed, ts=timesteps(args.steps, args.shift),
+    texts = embed_all(codec, prompts, args.negative)
+    settings = dict(codec=codec, prompts=prompts, texts=texts, seed=args.seed, ts=timesteps(args.steps, args.shift),
                     size=(args.frames, *args.size), cfg_scale=args.cfg, negative=args.negative, batch=args.batch)
     drawn = generate(model, **settings, reward=guide, rg_scale=args.rg_scale, dim_w=args.dim_w,
                      max_ratio=args.max_ratio, ratios=ratios)
@@ -552,11 +579,11 @@ def main(args):
             with start() as start_model:
                 start_latents, start_looks = write(run / "start", generate(start_model, **settings))
         if args.reward:
-            r = on_rank_0(judged)(judge, run, names, latents, prompts, codec)
+            r = on_rank_0(judged)(judge, run, names, latents, prompts, texts)
             if args.n_per_prompt > 1:
                 on_rank_0(write_pairs)(run / "pairs.csv", names, prompts, overall(r), args.n_per_prompt)
         if args.reward and args.against:
-            r_start = on_rank_0(judged)(judge, run / "start", names, start_latents, prompts, codec)
+            r_start = on_rank_0(judged)(judge, run / "start", names, start_latents, prompts, texts)
             result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "look": looks, "look_start": start_looks,
                       "n": len(prompts)}
             on_rank_0(write_json)(run / "eval.json", result)
@@ -592,24 +619,21 @@ def write_videos(folder, drawn, names, fps, toy, keep):
     return latents, {name: round(np.mean([x[name] for x in looks]), 4) for name in looks[0]}
 
 
-def judged(reward, folder, names, latents, prompts, codec):
+def judged(reward, folder, names, latents, prompts, texts):
     """Normalised scores (n, 3) of generated videos: of their latents, or of their files by a VideoReward."""
     if isinstance(reward, LatentReward):
-        return score_clean(reward, latents, codec.embed(prompts))
-    try:
-        return score_videos(reward, [folder / f"{name}.mp4" for name in names], prompts, folder / "scores.jsonl")
-    except ValueError as e:
-        fail(e)
+        return score_clean(reward, latents, torch.stack([texts[prompt] for prompt in prompts]))
+    return score_videos(reward, [folder / f"{name}.mp4" for name in names], prompts, folder / "scores.jsonl")
 
 
 def write_pairs(path, names, prompts, r, n):
     """Write on-policy pairs for train_align.py: of the n videos of each prompt the best and the worst by rewards r."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["prompt", "chosen", "rejected"])
+        rows = csv.writer(file)
+        rows.writerow(["prompt", "chosen", "rejected"])
         for i in range(0, len(names), n):
             best, worst = i + r[i:i + n].argmax().item(), i + r[i:i + n].argmin().item()
-            table.writerow([prompts[i], f"{names[best]}.mp4", f"{names[worst]}.mp4"])
+            rows.writerow([prompts[i], f"{names[best]}.mp4", f"{names[worst]}.mp4"])
     print(f"the best and the worst of each prompt: train_align.py --pairs {path}")
 
 

@@ -15,11 +15,9 @@ process takes its share of every step's rows, and the losses are the same.
 import copy
 import math
 import time
-from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,13 +26,13 @@ from tqdm import tqdm, trange
 
 from data import (DIMS, ORACLE_STD, RANK, RENDERERS, WORLD, Pairs, WanCodec, add_gradients, check_clip_args,
                   check_counts, check_out, collect, command, ctrl_c, draw_noise, embed_text, encode, fail,
-                  flawed_videos, gather, launch, load_state, log, on_rank_0, oracle, overall, prefetch, read_log,
-                  read_pairs, render_as, report_pairs, rng, save_state, shard, start_ranks, start_run, step_rows,
-                  stop_broken, to_uint8, toy_pairs, world_hash)
+                  flawed_videos, gather, launch, load_state, log, on_rank_0, oracle, prefetch, read_log, read_pairs,
+                  render_as, report_pairs, rng, save_state, shard, start_ranks, start_run, step_rows, stop_broken,
+                  to_uint8, toy_pairs, world_hash)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, whole
-from reward import VideoReward, check_reward, load_reward, score_clean, score_videos
-from sample import eval_prompts, evaluate, lineage, load_model, origin, report, toy_videos
+from reward import VideoReward, check_reward, load_reward, overall, score_clean, score_files
+from sample import check_not_model, eval_prompts, evaluate, load_model, origin, report, start_of, toy_videos
 
 # What unset flags fall to. The second column is the paper's Table 10, which has one recipe for all three losses;
 # the first was tuned on validation prompts.
@@ -147,12 +145,7 @@ def generated_pairs(args, reward):
 def score_pairs(args, pairs, reward):
     """Normalised scores (n, 2, 3) of A and B: of their latents at t = 0, or of their files by a VideoReward."""
     if isinstance(reward, VideoReward):
-        try:
-            paths = [path for pair in pairs.paths for path in pair]
-            prompts = [prompt for prompt in pairs.prompts for _ in "AB"]
-            return on_rank_0(score_videos)(reward, paths, prompts, f"{args.cache}/scores.jsonl").view(-1, 2, len(DIMS))
-        except ValueError as e:
-            fail(e)
+        return on_rank_0(score_files)(reward, pairs, args.cache)
     parts = torch.arange(len(pairs.prompts)).split(256 if pairs.files is None else 1)
     scores = [score_clean(reward, pairs.latents(part).flatten(0, 1), pairs.text(part).repeat_interleave(2, 0))
               for part in tqdm(parts[RANK::WORLD], desc="scoring", leave=False)]
@@ -197,7 +190,7 @@ def mixture_batch(args, step, ids):
     t logit-normal, eps.
     """
     g = rng("mixture", args.seed, step)
-    video, prompts, _ = flawed_videos(2 * args.batch, None, g)
+    video, prompts = flawed_videos(2 * args.batch, None, g)
     text = embed_text(prompts)
     text[torch.rand(len(text), generator=g) < 0.1] = 0
     x0 = video.float()[ids, None]
@@ -231,7 +224,9 @@ def of_files(args):
 
 
 def check(args):
-    """Fill unset flags from the recipe and refuse what cannot work, before anything is loaded."""
+    """The Pairs of the file, if there is one. Fill unset flags from the recipe and refuse what cannot work, before the
+    run folder is made.
+    """
     pretrain, wan = args.loss == "pretrain", of_files(args)
     recipe = {name: columns[wan] for name, columns in RECIPES.items()} | (PRETRAIN if pretrain else {})
     recipe |= dict(checkpointing=wan, together=None if wan else True, compile=wan and torch.cuda.is_available(),
@@ -250,6 +245,8 @@ def check(args):
     check_counts(args, "n_pairs", "samples", "steps", "batch", "accumulate", "save_every", "eval_n", "eval_steps")
     if len(args.dim_w) != len(DIMS) or not any(args.dim_w):
         fail(f"--dim_w takes {len(DIMS)} numbers, not all zero, for {', '.join(DIMS)}; e.g. --dim_w 0,0,1")
+    if args.lora_rank < 0 or args.tau <= 0:
+        fail(f"--lora_rank {args.lora_rank} and --tau {args.tau} must not be negative, and --tau not 0")
     if args.loss == "rwr" and args.labels == "human":
         fail("--loss rwr weighs videos by their scores and human labels have none: use --labels reward or oracle")
     if pretrain and args.lora_rank:
@@ -263,8 +260,7 @@ def check(args):
         if args.labels == "oracle":
             fail("--labels oracle knows Shapes world alone: with --pairs use human, the file's labels, or reward")
     if not pretrain:
-        if any(Path(args.out).resolve() == folder.resolve() for folder in lineage(args.model)):
-            fail(f"--out {args.out} is the model itself or one that it started from: name another folder")
+        check_not_model(args.out, args.model)
         if not wan:                                                             # small: refuse what does not fit now
             if not origin(args.model)[1]:
                 fail(f"{args.model} is no toy of Shapes world: --pairs takes a file of pairs, and sample.py "
@@ -273,6 +269,7 @@ def check(args):
         if args.labels == "reward":
             check_reward(args.reward, not wan)
     check_out(args.out)
+    return read_pairs(args.pairs) if wan else None
 
 
 def policy_and_reference(args, device):
@@ -308,32 +305,39 @@ def distance(model, reference, videos, prompts, seed):
     return torch.cat(found).mean().item()
 
 
+def labelled_pairs(args, pairs, codec, device):
+    """(pairs, reward or None, what label_pairs returns): a file's pairs, encoded, or pairs that renderers or the model
+    draw; and what decided them.
+    """
+    reward = None
+    if codec:
+        report_pairs(pairs)
+        pairs = encode(pairs, codec, args.cache, args.frames, args.size, args.skip_bad)
+    elif not args.pairs:
+        pairs = toy_pairs(args.n_pairs, "train", args.seed, judge=args.labels != "reward")
+        report_pairs(pairs, eval_prompts(args.eval_n, args.split))
+    if args.labels == "reward":
+        reward = load_reward(args.reward, template=args.template).to(device)
+    if args.pairs == "generate":
+        pairs = generated_pairs(args, reward)
+    return pairs, reward, *label_pairs(args, pairs, reward)
+
+
 def main(args):
     """Train, then evaluate the toy on held-out prompts against the start model; returns what eval.json holds."""
     start_ranks()
-    check(args)
+    pairs, reward = check(args), None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pretrain, reward = args.loss == "pretrain", None
+    pretrain, wan = args.loss == "pretrain", of_files(args)
+    codec = WanCodec(origin(args.model)[0], device) if wan else None
     torch.manual_seed(args.seed)
-    wan = of_files(args)
-    pairs = read_pairs(args.pairs) if wan else None                             # a bad file stops here
     run = start_run(args, device)
-    if wan:
-        report_pairs(pairs)
-        pairs = encode(pairs, WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
-    elif not pretrain and not args.pairs:
-        pairs = toy_pairs(args.n_pairs, "train", args.seed, judge=args.labels != "reward")
-        report_pairs(pairs, eval_prompts(args.eval_n, args.split))
     if pretrain:
         load, per_step = partial(mixture_batch, args), 2 * args.batch
         usable = torch.arange(per_step)
     else:
-        if args.labels == "reward":
-            reward = load_reward(args.reward, template=args.template or None).to(device)
-        if args.pairs == "generate":
-            pairs = generated_pairs(args, reward)
-        usable, order, r = label_pairs(args, pairs, reward)
-        reward = None if wan else reward                                 # a Wan needs its memory
+        pairs, reward, usable, order, r = labelled_pairs(args, pairs, codec, device)
+        reward = None if wan else reward                                        # a Wan needs its memory
         load = partial(pair_batch, args, pairs, order)
         per_step = 2 * args.batch if args.loss == "sft" else args.batch         # all see 2 x batch videos a step
         args.steps = args.steps or -(-len(usable) // per_step)                  # one epoch
@@ -398,23 +402,13 @@ def main(args):
                 optimizer.step()
                 optimizer.zero_grad()
             if average:
-                decay = min(args.ema, (step + 1) / (step + 10))
-                with torch.no_grad():
-                    for a, p in zip(average.parameters(), model.parameters()):
-                        a.lerp_(p, 1 - decay)
+                update_average(average, model, min(args.ema, (step + 1) / (step + 10)))
 
-            if wan and done - first == 5:
-                seconds = (time.time() - tic) / 5
-                bar.write(f"{seconds:.1f} s a step: {(args.steps - done) * seconds / 3600:.1f} hours to go")
             if done % 10 == 0 or done == args.steps:
-                event = summary(torch.cat(stats))
-                shown = [k for k in ("loss", "implicit_acc", "gap_w", "gap_l") if k in event]
-                bar.set_postfix({k: f"{event[k]:.4f}" for k in shown})
-                event = {"step": done, "grad_norm": grad_norm.item(), "seconds": round(time.time() - tic, 1), **event}
-                events.append(event)
-                for verdict in diagnose(events):
-                    bar.write(f"step {done}: {verdict}")
-                log(run, **event)
+                events.append({"step": done, "grad_norm": grad_norm.item(), "seconds": round(time.time() - tic, 1),
+                               **summary(torch.cat(stats))})
+                log(run, **events[-1])
+                tell(bar, events)
                 stats.clear()
             halt = any(gather(stopped()))                                       # Ctrl-C reaches each rank when it likes
             if done < args.steps and (done % args.save_every == 0 or halt):
@@ -425,6 +419,13 @@ def main(args):
                     fail(f"stopped after step {done}: " + ("with --shard no state is kept" if args.shard else
                                                            "the same command with --resume goes on from there"))
     return finish(args, run, average or model, reference, reward)
+
+
+@torch.no_grad()
+def update_average(average, model, decay):
+    """Move the averaged weights towards the model's: decay of the old and the rest of the new."""
+    for a, p in zip(average.parameters(), model.parameters()):
+        a.lerp_(p, 1 - decay)
 
 
 def tune(args, model, pairs):
@@ -464,9 +465,9 @@ def summary(stats):
     t, losses = stats[:, 0], stats[:, 1]
     bins = [losses[(t * 10).long().clamp(max=9) == b] for b in range(10)]
     event = {"loss": losses.mean().item(), "loss_by_t": [x.mean().item() if len(x) else None for x in bins]}
-    if stats.shape[1] > 2:
+    if stats.shape[1] > 2:                      # logit = beta / 2 (gap_l - gap_w), loss = -log sigmoid(logit), and so
         margin = stats[:, 3] - stats[:, 2]                                      # > 0: the pair is ranked as labelled
-        factor = -torch.expm1(-losses.clamp(min=1e-30))                         # sigmoid(-logit): 1/2 at the start
+        factor = -torch.expm1(-losses.clamp(min=1e-30))                         # sigmoid(-logit), 1/2 at the start
         event |= {"implicit_acc": (margin > 0).float().mean().item(), "margin": margin.mean().item(),
                   "logit": (losses + factor.log()).abs().mean().item(), "grad_factor": factor.mean().item()}
         event |= dict(zip(("gap_w", "gap_l", "err_ref_w"), stats[:, 2:].mean(0).tolist()))
@@ -486,14 +487,31 @@ SYMPTOMS = (
     (lambda e, first: e["margin"] > 0 and e["gap_w"] > 0.5 * e["err_ref_w"],
      "the margin grows by a worse loser alone: the winner's error is {gap_w:.4f} above the reference's "
      "{err_ref_w:.4f}; lower --lr or raise --beta"),
-    (lambda e, first: e["gap_w"] > 2 * e["err_ref_w"] or e["loss"] > 2 * first["loss"],
+    (lambda e, first: e["gap_w"] > 2 * e["err_ref_w"] or ("gap_w" not in e and e["loss"] > 2 * first["loss"]),
      "errors explode: look at loss, gap_w and gap_l in log.jsonl; lower --lr"),
+    (lambda e, first: "logit" in e and e["loss"] > 2 * first["loss"],
+     "the loss has doubled, to {loss:.2f}, with logits of {logit:.1f}: pairs are pushed too hard; lower --beta or --lr"),
 )
+
+
+def tell(bar, events):
+    """Show the last of a run's events on its progress bar, and print what the doctor says of it."""
+    event = events[-1]
+    bar.set_postfix({k: f"{event[k]:.4f}" for k in ("loss", "implicit_acc", "gap_w", "gap_l") if k in event})
+    for verdict in diagnose(events):
+        bar.write(f"step {event['step']}: {verdict}")
+
+
+class Event(dict):
+    """A logged event, in which what was not logged is nan and so compares as false."""
+
+    def __missing__(self, key):
+        return math.nan
 
 
 def diagnose(events):
     """The sentences of SYMPTOMS that are true of the last of a run's events and were not of an earlier one."""
-    events = [defaultdict(lambda: math.nan, e) for e in events]                 # what is not logged compares as false
+    events = [Event(e) for e in events]
     return [sentence.format_map(events[-1]) for true, sentence in SYMPTOMS
             if true(events[-1], events[0]) and not any(true(e, events[0]) for e in events[:-1])]
 
@@ -509,6 +527,7 @@ def finish(args, run, model, reference, reward):
     model.eval()
     metadata = {"command": command(args), "seed": str(args.seed)} | ({} if of_files(args) else {"world": world_hash()})
     if args.lora_rank:
+        metadata["start"] = start_of(args.model)
         save_lora(model, run / "lora.safetensors", metadata)
     else:
         dtype = torch.float16 if args.loss == "pretrain" else None

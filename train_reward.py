@@ -24,11 +24,11 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
 from data import (DIMS, PROMPTS, WORLD, WanCodec, check_clip_args, check_counts, check_out, command, ctrl_c, draw_noise,
-                  encode, fail, launch, load_state, log, overall, read_pairs, report_pairs, rng, save_state, split_of,
-                  start_run, step_rows, stop_broken, toy_pairs, with_overall, world_hash, write_json)
+                  encode, fail, launch, load_state, log, read_pairs, report_pairs, rng, save_state, split_of, start_run,
+                  step_rows, stop_broken, toy_pairs, user_errors, with_overall, world_hash, write_json)
 from losses import bt, btt, masked_mean, mix, regression
-from reward import (LatentReward, VideoReward, accuracies, check_videos, is_qwen, is_video_reward, load_reward,
-                    print_accuracies, score_videos)
+from reward import (LatentReward, VideoReward, accuracies, and_overall, check_videos, is_qwen, is_video_reward,
+                    load_reward, print_accuracies, score_files)
 from sample import load_model, origin
 
 # What unset flags fall to. Of Qwen2-VL and Wan they are the paper's (Table 11), where unset steps make two epochs;
@@ -53,7 +53,7 @@ class Args:
     depth: int | None = None                # how many of them
     pairs: str | None = None                # CSV or JSONL of labelled pairs of video files; unset: Shapes world
     n_pairs: int = 24000                    # training pairs of Shapes world
-    label_noise: float = 1.0                # Shapes world: annotators' noise, in units of the held-out pairs'
+    label_noise: float = 1.0                # Shapes world: annotators' noise; 1 is that of the held-out pairs
     eval: str | None = None                 # evaluate this reward instead; --model: its Qwen2-VL, if moved
     template: str | None = None             # the authors' prompt_template.py; their checkpoint needs it
     reward_token: Literal["special", "last", "mean"] = "special"  # where Qwen2-VL is read; last: Table 6, row III
@@ -79,16 +79,15 @@ def pair_scores(args, reward, pairs, rows, step, t=None):
     device = reward.mean.device
     if isinstance(reward, VideoReward):
         both = [(path, pairs.prompts[i]) for i in rows.tolist() for path in pairs.paths[i]]
-        try:
+        with user_errors():
             inputs = [x.to(device) for x in reward.inputs(*zip(*both))]
-        except ValueError as e:
-            fail(e)
         return reward(*inputs).view(len(rows), 2, len(DIMS))
     x0 = pairs.latents(rows)
     t, eps_a, eps_b = pair_noise(args, x0.shape[2:], rows, step, t)
     xt = torch.stack([mix(x0[:, 0], eps_a, t), mix(x0[:, 1], eps_b, t)], dim=1).flatten(0, 1)
     twice = lambda y: y.repeat_interleave(2, dim=0).to(device)
-    return reward(xt.to(device), twice(t), twice(pairs.text(rows))).view(len(rows), 2, len(DIMS))
+    with torch.autocast(device.type, torch.bfloat16, enabled=not reward.of_shapes):         # a Wan is large
+        return reward(xt.to(device), twice(t), twice(pairs.text(rows))).float().view(len(rows), 2, len(DIMS))
 
 
 def pair_noise(args, shape, rows, step, t=None):
@@ -102,9 +101,9 @@ def pair_noise(args, shape, rows, step, t=None):
 
 
 @torch.no_grad()
-def score_pairs(args, reward, pairs, rows, t=None):
+def raw_scores(args, reward, pairs, rows, t=None):
     """Raw scores (len(rows), 2, 3); of latents at times as in training or all at t."""
-    batch = 2 if isinstance(reward, VideoReward) else 64
+    batch = 64 if pairs.paths is None else 1                                    # files are large
     return torch.cat([pair_scores(args, reward, pairs, part, 2**31, t).cpu() for part in rows.split(batch)])
 
 
@@ -143,7 +142,7 @@ def check(args):
         fail("rewards are trained and measured by one process: python train_reward.py, without torchrun")
     check_counts(args, "n_pairs", "steps", "batch", "accumulate", "save_every", "n_eval")
     check_out(args.out)
-    try:
+    with user_errors():
         if args.eval:
             kind = "qwen" if is_video_reward(args.eval) else "toy"
         else:
@@ -156,8 +155,6 @@ def check(args):
         pairs = read_pairs(args.pairs) if args.pairs else None
         if kind == "qwen":
             check_videos(path for pair in pairs.paths for path in pair)
-    except ValueError as e:
-        fail(e)
     if kind == "wan":
         check_clip_args(args)
     if not args.eval:
@@ -168,6 +165,8 @@ def check(args):
     if pairs and not args.eval and targets(args, pairs).isnan().all():
         columns = "MOS_A_VQ .. MOS_B_TA" if args.loss == "regression" else "VQ, MQ, TA"
         fail(f"{args.pairs} labels no pair for --loss {args.loss}: it needs columns {columns}")
+    if pairs and not args.eval:
+        split_prompts(args, pairs)                                              # refuses a single prompt
     return pairs, kind
 
 
@@ -178,27 +177,20 @@ def main(args):
     if args.eval:
         moved = args.model if kind == "qwen" and args.model != Args.model else None
         return benchmark(args, load_reward(args.eval, moved, args.template).to(device), pairs)
-    if kind == "wan":
-        pairs = encode(pairs, WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
-    if kind != "toy":
-        train_rows, val_rows = split_prompts(args, pairs)
+    torch.manual_seed(args.seed)
     if kind == "qwen":
-        torch.manual_seed(args.seed)
         reward = VideoReward.from_base(args.model, args.reward_token, args.template).trainable().to(device)
     else:
-        model = load_model(args.model)
-        if not 0 < args.depth <= model.config.num_layers:
-            fail(f"--depth {args.depth}: {args.model} has {model.config.num_layers} blocks")
-        torch.manual_seed(args.seed)
-        reward = LatentReward.from_base(model, args.depth).to(device)
-        for block in reward.dit.blocks:
-            block.checkpointing = kind == "wan"
-        if args.compile:
-            reward.dit.compile_blocks()
+        reward = latent_reward(args, kind, device)
+    codec = WanCodec(origin(args.model)[0], device) if kind == "wan" else None
+    run = start_run(args, device)
+    if codec:
+        pairs = encode(pairs, codec, args.cache, args.frames, args.size, args.skip_bad)
     if kind == "toy":
         pairs = toy_pairs(args.n_pairs, "train", args.seed, noise=args.label_noise)
         train_rows = torch.arange(args.n_pairs)
-    run = start_run(args, device)
+    else:
+        train_rows, val_rows = split_prompts(args, pairs)
     held_out = [p for p in PROMPTS if split_of(p) == "eval"] if kind == "toy" else [pairs.prompts[i] for i in val_rows]
     report_pairs(pairs.subset(train_rows), held_out)
     metadata = {"command": command(args), "seed": str(args.seed)} | ({"world": world_hash()} if kind == "toy" else {})
@@ -213,8 +205,7 @@ def main(args):
             rows = train_rows[step_rows(len(train_rows), args.batch, args.seed, step)]
             labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0.0
             for part in rows.chunk(args.accumulate):
-                with torch.autocast(device, torch.bfloat16, enabled=kind == "wan"):
-                    r = pair_scores(args, reward, pairs, part, step).float()
+                r = pair_scores(args, reward, pairs, part, step)
                 share = (~target[part].isnan()).sum() / labelled                # so that parts add up to the whole mean
                 part_loss = share.to(device) * pair_loss(args, r, target[part].to(device))
                 part_loss.backward()
@@ -242,7 +233,7 @@ def main(args):
     reward.eval()
     val, val_rows = (toy_pairs(args.n_eval, "val", args.seed), torch.arange(args.n_eval)) if kind == "toy" else (
         pairs, val_rows)
-    r = score_pairs(args, reward, val, val_rows)
+    r = raw_scores(args, reward, val, val_rows)
     reward.mean.copy_(r.flatten(0, 1).mean(0))
     reward.std.copy_(r.flatten(0, 1).std(0))
     reward.save(run, metadata)
@@ -255,6 +246,19 @@ def main(args):
     result |= {"loss_first": history[0], "loss_last": recent}
     write_json(run / "eval.json", result)
     return result
+
+
+def latent_reward(args, kind, device):
+    """A LatentReward to train, grown from the first blocks of args.model."""
+    model = load_model(args.model)
+    if not 0 < args.depth <= model.config.num_layers:
+        fail(f"--depth {args.depth}: {args.model} has {model.config.num_layers} blocks")
+    reward = LatentReward.from_base(model, args.depth).to(device)
+    for block in reward.dit.blocks:
+        block.checkpointing = kind == "wan"
+    if args.compile:
+        reward.dit.compile_blocks()
+    return reward
 
 
 def split_prompts(args, pairs):
@@ -271,7 +275,7 @@ def split_prompts(args, pairs):
 def pair_accuracies(label, r):
     """Accuracies of normalised scores r (n, 2, 3) against labels (n, 4), of the dimensions that have labels."""
     d = r[:, 0] - r[:, 1]
-    found = accuracies(label, torch.cat([d, overall(d)[:, None]], dim=1))
+    found = accuracies(label, and_overall(d))
     return {dim: found[dim] for dim, h in zip(found, label.T) if not h.isnan().all()}
 
 
@@ -283,7 +287,7 @@ def evaluate_toy(args, reward):
     truth = with_overall(pairs.score[:, 0]) - with_overall(pairs.score[:, 1])
     result = {"ceiling": accuracies(pairs.label, truth), "n": args.n_eval, "by_t": {}}
     for t in (0.0, 0.25, 0.5, 0.75, 0.9) if args.noisy else (0.0,):
-        r = (score_pairs(args, reward, pairs, torch.arange(args.n_eval), t) - reward.mean.cpu()) / reward.std.cpu()
+        r = (raw_scores(args, reward, pairs, torch.arange(args.n_eval), t) - reward.mean.cpu()) / reward.std.cpu()
         result["by_t"][str(t)] = pair_accuracies(pairs.label, r)
         if t == 0:
             result["differences"] = differences(pairs.label[:, :3], (r[:, 0] - r[:, 1]).abs())
@@ -308,15 +312,11 @@ def differences(label, gap):
 def benchmark(args, reward, pairs):
     """Measure a trained reward, on a pairs file beside the paper's row or on the toy; returns what eval.json holds."""
     if isinstance(reward, LatentReward):
-        if reward.config.in_dim != 3:
+        if not reward.of_shapes:
             fail(f"{args.eval} judges latents of Wan: how good it is stands in its eval.json")
         result = evaluate_toy(args, reward)
     else:
-        paths, prompts = [p for pair in pairs.paths for p in pair], [p for p in pairs.prompts for _ in "AB"]
-        try:
-            r = score_videos(reward, paths, prompts, f"{args.cache}/scores.jsonl").view(-1, 2, len(DIMS))
-        except ValueError as e:
-            fail(e)
+        r = score_files(reward, pairs, args.cache)
         result = {"n": len(pairs.prompts), "reward": pair_accuracies(pairs.label, r)}
         rows, table = {"reward": result["reward"]}, "VideoGen-RewardBench"
         if list(result["reward"]) == ["Overall"]:                               # as the paper scores GenAI-Bench
@@ -336,7 +336,7 @@ def benchmark(args, reward, pairs):
 def write_scores(path, pairs, r):
     """Write a CSV of pairs, one a row: videos, prompt, labels, and the normalised scores r (n, 2, 3) of A and B."""
     names, words = (*DIMS, "Overall"), {1.0: "A", 0.0: "same", -1.0: "B"}
-    r = torch.cat([r, overall(r)[..., None]], dim=-1).flatten(1).tolist()
+    r = and_overall(r).flatten(1).tolist()
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         scores = [f"score_{side}_{dim}" for side in "AB" for dim in names]
