@@ -968,7 +968,7 @@ def test_human_labels_decide_by_sign_and_drop_ties():
     assert len(rows) == 60 and (r[:, 0] >= r[:, 1]).all()
 
 
-def test_on_policy_pairs_are_the_best_and_worst_of_the_models_own_videos_round_after_round(runs):
+def test_on_policy_pairs_are_the_best_and_worst_of_the_models_own_videos_round_after_round(runs, capsys):
     args = align_args(runs, "round1", pairs="generate", labels="oracle", n_pairs=6, samples=3, steps=4)
     pairs = train_align.generated_pairs(args, None)
     assert {data.split_of(prompt) for prompt in pairs.prompts} == {"train"}
@@ -989,6 +989,10 @@ def test_on_policy_pairs_are_the_best_and_worst_of_the_models_own_videos_round_a
     assert sample.main(sample.Args(ckpt=str(runs / "round2"), cfg=1.0, steps=2, against=str(runs / "base"), eval=4, out=str(runs / "rounds")))["n"] == 4
     with pytest.raises(SystemExit):                                             # a third in place of the first, which the second needs
         train_align.main(replace(args, model=str(runs / "round2"), out=str(runs / "round1")))
+    train_align.main(replace(args, seed=1))                                     # another first: the second stands on nothing now
+    with pytest.raises(SystemExit):
+        sample.load_model(runs / "round2")
+    assert "which is another model now" in capsys.readouterr().err
 
 
 def test_the_distance_is_the_mean_squared_difference_of_velocities():
@@ -1077,6 +1081,12 @@ def test_sample_writes_videos_guides_evaluates_and_compares(runs):
     assert scores.shape == (1, 3)
 
 
+def test_without_git_a_run_has_no_commit(runs, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    run = data.start_run(sample.Args(out=str(runs / "no_git")))
+    assert json.loads((run / "config.json").read_text())["commit"] == ""
+
+
 def test_an_older_run_is_renamed_and_never_overwritten(runs):
     args = sample.Args(ckpt=str(runs / "base"), steps=1, prompt=PROMPTS[:1], out=str(runs / "again"))
     sample.main(args)
@@ -1145,6 +1155,12 @@ BAD = [
     (train_reward, "--save_every 0", "above 0"),
     (sample, "--prompt p --n_per_prompt 0", "above 0"),
     (train_align, "--model {other} --out {other}", "is the model itself"),
+    (sample, "--model {other} --out {other} --eval 4", "is the model itself"),
+    (sample, "--eval 4 --size 30,30", "are for a Wan"),
+    (sample, "--eval -1", "one thing at a time"),
+    (train_align, "--seed -1", "give 0 or"),
+    (train_align, "--lora_rank -1", "must not be negative"),
+    (train_align, "--loss rwr --tau 0", "--tau not 0"),
     (train_align, "--model {pickle}", "cannot be read as safetensors"),
     (train_align, "--model {layers}", "num_layers = 0 in config.json makes no model"),
     (train_align, "--resume --out {broken}", "config.json cannot be read as JSON"),
@@ -1593,6 +1609,20 @@ def test_dpo_on_wan_trains_a_lora_that_diffusers_loads_to_the_same_model(wan, ca
     pipe.load_lora_weights(str(wan / "dpo"), weight_name="lora.safetensors")
     theirs = pipe.transformer(xt, 1000 * t, text).sample
     assert (v - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def test_a_second_round_starts_from_an_aligned_wan(wan):
+    train_align.main(wan_args(wan, "first", steps=1))
+    train_align.main(wan_args(wan, "second", steps=1, model=str(wan / "first")))
+    assert sample.origin(wan / "second") == (str(wan), False)
+    assert sample.load_model(wan / "second")(torch.randn(1, 16, 2, 4, 6), torch.tensor([0.3]), torch.randn(1, 7, 24)).isfinite().all()
+
+
+def test_a_model_of_fp32_weights_computes_as_the_autocast_around_it_says():
+    m, batch = random_model(), random_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m(*batch, depth=1).dtype == torch.bfloat16
+    assert m(*batch, depth=1).dtype == torch.float32 and m(*batch).dtype == torch.float32
 
 
 def test_sft_and_dpo_in_bf16_and_checkpointing_on_wan(wan):
