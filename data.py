@@ -265,6 +265,12 @@ def start_run(args, device="cpu"):
     return run
 
 
+def markdown(head, rows):
+    """A Markdown table from the cells of its head and of each row."""
+    line = lambda cells: "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
+
+
 def command(args):
     """The command line that makes these arguments again."""
     words = ["python", Path(inspect.getfile(type(args))).name]

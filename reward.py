@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import (DIMS, FRAMES, SIZE, caption_of, check_world, embed_text, fail, fetch, find, flawed_videos, launch,
-                  oracle, read_json, read_video, rng, to_float, user_errors, video_info, write_json)
+                  markdown, oracle, read_json, read_video, rng, to_float, user_errors, video_info, write_json)
 from model import Config, LayerNorm, VideoDiT, add_lora, load_strict, read_tensors, save_tensors
 
 
@@ -634,12 +634,11 @@ def spread(values, digits=1):
 
 def print_accuracies(results):
     """Print a Markdown table of {name: [accuracies of each seed]}, in per cent, with their spread."""
-    names = (*DIMS, "Overall")
-    print("| accuracy without / with ties, % | " + " | ".join(names) + " |\n|---|" + "---|" * 4)
+    names, rows = (*DIMS, "Overall"), []
     for name, seeds in results.items():                                         # empty where nothing is labelled
-        cells = [" / ".join(spread([100 * row[dim][kind] for row in seeds]) for kind in ("without", "with"))
-                 if dim in seeds[0] else "" for dim in names]
-        print(f"| {name} | {' | '.join(cells)} |")
+        rows.append([name, *(" / ".join(spread([100 * row[dim][kind] for row in seeds]) for kind in ("without", "with"))
+                             if dim in seeds[0] else "" for dim in names)])
+    print(markdown(["accuracy without / with ties, %", *names], rows))
 
 
 # ---- the scores of a video, from the command line ----

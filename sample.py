@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import (DIMS, FRAMES, HERE, PROMPTS, RANK, SIZE, WORLD, ShapesCodec, WanCodec, attributes, caption_of,
                   check_clip_args, check_counts, check_out, check_world, clean_videos, collect, contact_sheet,
-                  embed_text, fail, find, fingerprint, launch, on_rank_0, oracle, read_json, read_table, rng, split_of,
+                  embed_text, fail, find, fingerprint, launch, markdown, on_rank_0, oracle, read_json, read_table, rng, split_of,
                   start_ranks, start_run, to_float, to_uint8, user_errors, with_overall, write_json, write_video)
 from model import VideoDiT, load_lora, lora_disabled, merge_lora, read_metadata, read_tensors, save_tensors
 from reward import (LatentReward, and_overall, check_reward, load_reward, overall, print_accuracies, score_clean,
@@ -281,53 +281,49 @@ def report(run, result, prompts, videos, start):
 
 def table(results):
     """Markdown of {name: [result of each seed]}: one row per run and judge, win rates in per cent, mean ± spread."""
-    names = ("Overall", *DIMS)
-    lines = ["| run | judge | " + " | ".join(names) + " | n |", "|---|---|" + "---|" * 5]
+    names, rows = ("Overall", *DIMS), []
     for run, seeds in results.items():
+        n = seeds[0]["n"] if len(seeds) == 1 else f"{len(seeds)} x {seeds[0]['n']}"
         for judge, key in (("oracle", "win_rate"), ("reward", "win_rate_reward")):
             if key in seeds[0]:
-                rates = " | ".join(spread([100 * result[key][dim] for result in seeds]) + " %" for dim in names)
-                n = seeds[0]["n"] if len(seeds) == 1 else f"{len(seeds)} x {seeds[0]['n']}"
-                lines.append(f"| {run} | {seeds[0].get('judge', judge)} | {rates} | {n} |")
-    return "\n".join(lines)
+                rates = [spread([100 * result[key][dim] for result in seeds]) for dim in names]
+                rows.append([run, seeds[0].get("judge", judge), *rates, n])
+    return markdown(["wins, %", "judge", *names, "n"], rows)
 
 
 def score_table(results):
     """Markdown of {name: [result of each seed]} of Shapes world: the oracle's mean scores, in brackets the share in per
     cent of the gap from the start model to flawless videos that was closed, and the distance from the reference.
     """
-    names = (*DIMS, "Overall")
-
     def plain(name, key):
         """Rows of the starts or of flawless videos: one of most runs, and of those that have another."""
         rows = defaultdict(list)
         for run, seeds in results.items():
-            rows[" | ".join(spread([result[key][dim] for result in seeds], 2) for dim in DIMS)].append(run)
+            rows[tuple(spread([result[key][dim] for result in seeds], 2) for dim in DIMS)].append(run)
         most = max(rows.values(), key=len)
         whose = lambda runs: "" if runs is most else f" of {', '.join(runs)}"
-        return [f"| {name}{whose(runs)} | {row} | | |" for row, runs in rows.items()]
+        return [[name + whose(runs), *row, "", ""] for row, runs in rows.items()]
 
-    lines = ["| oracle's score (gap closed, %) | " + " | ".join(names) + " | distance |", "|---|" + "---|" * 5,
-             *plain("start", "oracle_start")]
+    rows = plain("start", "oracle_start")
     for run, seeds in results.items():
-        closed = {dim: "(" + spread([100 * result["gap_closed"][dim] for result in seeds], 0) + ")" for dim in names}
-        cells = [spread([result["oracle"][dim] for result in seeds], 2) + " " + closed[dim] for dim in DIMS]
+        closed = lambda dim: "(" + spread([100 * result["gap_closed"][dim] for result in seeds], 0) + ")"
+        cells = [spread([result["oracle"][dim] for result in seeds], 2) + " " + closed(dim) for dim in DIMS]
         moved = [result["distance"] for result in seeds if "distance" in result]
-        lines.append(f"| {run} | {' | '.join(cells)} | {closed['Overall']} | {spread(moved, 4) if moved else ''} |")
-    return "\n".join([*lines, *plain("flawless", "oracle_clean")])
+        rows.append([run, *cells, closed("Overall"), spread(moved, 4) if moved else ""])
+    head = ["oracle's score (gap closed, %)", *DIMS, "Overall", "distance"]
+    return markdown(head, rows + plain("flawless", "oracle_clean"))
 
 
 def difference_table(results):
     """Markdown of {name: [result of each seed]} of toy rewards: medians of the score differences of tied and of other
     pairs, and how often the tied of two such pairs has the smaller one, in per cent.
     """
-    lines = ["| median difference tied / other (separation, %) | " + " | ".join(DIMS) + " |", "|---|---|---|---|"]
+    rows = []
     for run, seeds in results.items():
         found = {dim: [result["differences"][dim] for result in seeds] for dim in DIMS}
-        cells = [" / ".join(spread([x[kind][1] for x in found[dim]], 2) for kind in ("tied", "other"))
-                 + " (" + spread([100 * x["separation"] for x in found[dim]], 0) + ")" for dim in DIMS]
-        lines.append(f"| {run} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([run, *(" / ".join(spread([x[kind][1] for x in found[dim]], 2) for kind in ("tied", "other"))
+                            + " (" + spread([100 * x["separation"] for x in found[dim]], 0) + ")" for dim in DIMS)])
+    return markdown(["median difference tied / other (separation, %)", *DIMS], rows)
 
 
 def compare(runs, out):

@@ -1076,7 +1076,7 @@ def test_sample_writes_videos_guides_evaluates_and_compares(runs):
     with contextlib.redirect_stdout(printed):
         sample.main(sample.Args(compare=[str(runs / "nrg"), str(runs / "nrg")]))
     assert printed.getvalue().count("| nrg | oracle |") == 1 and (runs / "compare.png").exists()
-    assert printed.getvalue().count(" ± 0.0 %") == 4 and "| 2 x 18 |" in printed.getvalue()    # one run twice: one row
+    assert printed.getvalue().count(" ± 0.0 |") == 4 and "| 2 x 18 |" in printed.getvalue()    # one run twice: one row
     scores = reward.main(reward.Args(ckpt=str(runs / "reward"), video=[str(runs / "videos" / "000.mp4")], prompt="a red circle moving left"))
     assert scores.shape == (1, 3)
 

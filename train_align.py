@@ -385,11 +385,11 @@ def main(args):
                 x0, text, t, eps, weight = (y.to(device) for y in (*next(batches), weight))
                 loss, stat = objective(args, model, reference, x0, text, t, eps, weight)
                 (loss.sum() / per_step * (WORLD if args.shard else 1)).backward()
-                now += stat.tolist()
+                now.append(stat)
             if not args.shard:                                                  # else they are in place, as a mean
                 add_gradients(model.parameters())
             grad_norm = whole(clip_grad_norm_(model.parameters(), args.max_grad_norm))
-            stats.append(torch.tensor(collect(now)))                            # in the order of rows(step)
+            stats.append(torch.tensor(collect(torch.cat(now).tolist())))        # in the order of rows(step)
             t, loss = stats[-1][:, :2].T
             if not (loss.isfinite().all() and grad_norm.isfinite()):
                 stats.pop()
