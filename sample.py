@@ -396,7 +396,7 @@ def plot(runs, x, ys, by, out):
         places = sorted(points)
         values = [(100 if shares else 1) * np.array(points[p]) for p in places]
         axes.errorbar(places, [v.mean() for v in values], [v.std(ddof=len(v) > 1) for v in values], fmt="o-", ms=4,
-                      label=label)
+                      label=label.replace("/", " ").replace("_", " "))
     places = [p for points in lines.values() for p in points]
     if min(places) > 0 and max(places) > 10 * min(places):
         axes.set_xscale("log")

@@ -203,14 +203,14 @@ def main(args):
         for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=f"reward {args.loss}")):
             optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(args, step, kind)
             rows = train_rows[step_rows(len(train_rows), args.batch, args.seed, step)]
-            labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0.0
+            labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0
             for part in rows.chunk(args.accumulate):
                 r = pair_scores(args, reward, pairs, part, step)
                 share = (~target[part].isnan()).sum() / labelled                # so that parts add up to the whole mean
                 part_loss = share.to(device) * pair_loss(args, r, target[part].to(device))
                 part_loss.backward()
-                loss += part_loss.item()
-            norm = clip_grad_norm_(reward.parameters(), 1.0)
+                loss = loss + part_loss.detach()
+            loss, norm = loss.item(), clip_grad_norm_(reward.parameters(), 1.0)
             if not math.isfinite(loss + norm.item()):
                 save_state(run, step, state)                                    # no weight has moved yet
                 named = [pairs.lines[i] if args.pairs else i for i in rows.tolist()]
