@@ -380,6 +380,7 @@ def plot(runs, x, ys, by, out):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
     lines = defaultdict(lambda: defaultdict(list))
     for folder in (find(run, "eval.json") for run in runs):
         try:
@@ -400,6 +401,9 @@ def plot(runs, x, ys, by, out):
     places = [p for points in lines.values() for p in points]
     if min(places) > 0 and max(places) > 10 * min(places):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     axes.set_xlabel(x)
     axes.set_ylabel("per cent" if shares else "")
     axes.grid(alpha=0.3)
