@@ -116,7 +116,7 @@ def fail(message):
 
 @contextmanager
 def user_errors():
-    """Inside, or in a function that has this as its decorator, a ValueError is the user's to mend: it fails in one line."""
+    """Inside, or in a function with this decorator, a ValueError is the user's to mend: it fails in one line."""
     try:
         yield
     except ValueError as e:
@@ -198,7 +198,8 @@ def fetch(name, wanted):
     try:
         return Path(snapshot_download(str(name), allow_patterns=wanted))
     except (OSError, ValueError) as e:
-        raise ValueError(f"{name} does not exist here and cannot be had from the hub: {str(e).splitlines()[0]}") from None
+        why = str(e).splitlines()[0]
+        raise ValueError(f"{name} does not exist here and cannot be had from the hub: {why}") from None
 
 
 def check_counts(args, *names):
@@ -257,8 +258,8 @@ def start_run(args, device="cpu"):
         git = shutil.which("git") and subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"],
                                                      capture_output=True, text=True)
         write_json(run / "config.json", {
-            "command": command(args), "args": asdict(args), "commit": git.stdout.strip() if git else "", "world": world_hash(),
-            "torch": torch.__version__, "python": sys.version.split()[0],
+            "command": command(args), "args": asdict(args), "commit": git.stdout.strip() if git else "",
+            "world": world_hash(), "torch": torch.__version__, "python": sys.version.split()[0],
             "device": str(device), "threads": torch.get_num_threads()})
     except OSError as e:
         fail(f"--out {args.out} cannot be written ({e.strerror}): name a folder that can")
@@ -1008,8 +1009,8 @@ class WanCodec:
 
     @torch.no_grad()
     def embed_rows(self, prompts, batch=8):
-        """[(S, text_dim)] fp32 on the CPU, S the prompt's own length; prompts are cleaned as diffusers' WanPipeline does.
-        The encoder leaves memory before this returns.
+        """[(S, text_dim)] fp32 on the CPU, S the prompt's own length; prompts are cleaned as diffusers' WanPipeline
+        does. The encoder leaves memory before this returns.
         """
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
         from transformers import AutoTokenizer, UMT5EncoderModel

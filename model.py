@@ -392,8 +392,8 @@ def save_lora(model, path, metadata=None):
 def load_lora(model, path):
     """Add the adapters of a file, in save_lora's format or under diffusers' names; returns the model.
 
-    alpha stands in the header (diffusers) or in `<layer>.alpha` (others). ValueError names a tensor that has no place in
-    the model: an adapter that loads in part is worse than one that doesn't.
+    alpha stands in the header (diffusers) or in `<layer>.alpha` (others). ValueError names a tensor that has no place
+    in the model: an adapter that loads in part is worse than one that doesn't.
     """
     tensors, metadata = read_tensors(path)
     alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("transformer.lora_alpha")

@@ -584,7 +584,7 @@ def score_videos(reward, paths, prompts, cache_file):
 
 
 def score_files(reward, pairs, cache):
-    """VideoReward's normalised scores (n, 2, 3) of the files A and B of Pairs; cache: folder of what was scored before."""
+    """VideoReward's normalised scores (n, 2, 3) of the files of Pairs, A and B; cache: folder of earlier scores."""
     paths, prompts = [path for pair in pairs.paths for path in pair], [prompt for prompt in pairs.prompts for _ in "AB"]
     return score_videos(reward, paths, prompts, f"{cache}/scores.jsonl").view(-1, 2, len(DIMS))
 

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from data import (DIMS, FRAMES, HERE, PROMPTS, RANK, SIZE, WORLD, ShapesCodec, WanCodec, attributes, caption_of,
                   check_clip_args, check_counts, check_out, check_world, clean_videos, collect, contact_sheet,
-                  embed_text, fail, find, fingerprint, launch, markdown, on_rank_0, oracle, read_json, read_table, rng, split_of,
-                  start_ranks, start_run, to_float, to_uint8, user_errors, with_overall, write_json, write_video)
+                  embed_text, fail, find, fingerprint, launch, markdown, on_rank_0, oracle, read_json, read_table, rng,
+                  split_of, start_ranks, start_run, to_float, to_uint8, user_errors, with_overall, write_json,
+                  write_video)
 from model import VideoDiT, load_lora, lora_disabled, merge_lora, read_metadata, read_tensors, save_tensors
 from reward import (LatentReward, and_overall, check_reward, load_reward, overall, print_accuracies, score_clean,
                     score_videos, spread)
@@ -140,12 +141,14 @@ def start_of(path):
 @user_errors()
 def load_model(path, dtype=torch.float32):
     """The VideoDiT at path, eval mode, its adapters on where it was trained with LoRA; dtype of its linear maps."""
-    folder, file = find_model(path), weights_of(find_model(path))
+    folder = find_model(path)
+    file = weights_of(folder)
     metadata = read_metadata(file)
     if file.name == "lora.safetensors":
         start = (read_json(file.parent / "config.json").get("args") or {}).get("model")
-        if metadata.get("start", start_of(start)) != start_of(start):
-            fail(f"{path} was trained on top of {start}, which is another model now: bring that one back, or train again")
+        if metadata.get("start") not in (None, start_of(start)):
+            fail(f"{path} was trained on top of {start}, which is another model now: bring that one back, or train "
+                 "again")
         model = load_lora(merge_lora(load_model(start, dtype)), file)
     else:
         if "world" in metadata:
@@ -227,8 +230,8 @@ def look(videos):
 
 
 def hacking(result):
-    """A warning if a reward prefers the new videos but the oracle does not, or a mean of look fell by 30 %; else, or where
-    no reward was asked, "".
+    """A warning if a reward prefers the new videos but the oracle does not, or a mean of look fell by 30 %; else, or
+    where no reward was asked, "".
     """
     asked = result.get("win_rate_reward", result["win_rate"] if "judge" in result else None)
     if asked is None:
@@ -247,7 +250,8 @@ def evaluate(videos, start, prompts, reward=None):
     that labelled the pairs; and how much of the way from start to flawless videos the oracle's scores went.
 
     Returns "win_rate", "win_rate_reward" and "gap_closed", each {"VQ", "MQ", "TA", "Overall"}; the oracle's mean scores
-    "oracle", "oracle_start" and "oracle_clean", each {"VQ", "MQ", "TA"}; the means of look, "look" and "look_start"; "n".
+    "oracle", "oracle_start" and "oracle_clean", each {"VQ", "MQ", "TA"}; the means of look, "look" and "look_start";
+    "n".
     """
     new, old, clean = (oracle(x, prompts) for x in (videos, start, clean_videos(prompts)))
     result = {"win_rate": win_rates(with_overall(new)[:, :3], with_overall(old)[:, :3])}

@@ -1594,6 +1594,7 @@ def wan_args(wan, name, **changes):
 
 def test_dpo_on_wan_trains_a_lora_that_diffusers_loads_to_the_same_model(wan, capsys):
     train_align.main(wan_args(wan, "dpo"))
+    assert re.search(r"expecting about .* GB(.|\n)*s a step: .* hours to go", capsys.readouterr().out)
     first, last = ends(wan / "dpo")
     assert last < first
     tensors = model_file.read_tensors(wan / "dpo/lora.safetensors")[0]

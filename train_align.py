@@ -404,6 +404,9 @@ def main(args):
             if average:
                 update_average(average, model, min(args.ema, (step + 1) / (step + 10)))
 
+            if wan and done - first == 5:
+                seconds = (time.time() - tic) / 5
+                bar.write(f"{seconds:.1f} s a step: {(args.steps - done) * seconds / 3600:.1f} hours to go")
             if done % 10 == 0 or done == args.steps:
                 events.append({"step": done, "grad_norm": grad_norm.item(), "seconds": round(time.time() - tic, 1),
                                **summary(torch.cat(stats))})
@@ -490,7 +493,8 @@ SYMPTOMS = (
     (lambda e, first: e["gap_w"] > 2 * e["err_ref_w"] or ("gap_w" not in e and e["loss"] > 2 * first["loss"]),
      "errors explode: look at loss, gap_w and gap_l in log.jsonl; lower --lr"),
     (lambda e, first: "logit" in e and e["loss"] > 2 * first["loss"],
-     "the loss has doubled, to {loss:.2f}, with logits of {logit:.1f}: pairs are pushed too hard; lower --beta or --lr"),
+     "the loss has doubled, to {loss:.2f}, with logits of {logit:.1f}: pairs are pushed too hard; lower --beta or "
+     "--lr"),
 )
 
 

@@ -162,10 +162,10 @@ def check(args):
             if getattr(args, name) is None:
                 setattr(args, name, value)
         args.steps = args.steps or max(1, 2 * len(pairs.prompts) // args.batch)
-    if pairs and not args.eval and targets(args, pairs).isnan().all():
-        columns = "MOS_A_VQ .. MOS_B_TA" if args.loss == "regression" else "VQ, MQ, TA"
-        fail(f"{args.pairs} labels no pair for --loss {args.loss}: it needs columns {columns}")
     if pairs and not args.eval:
+        if targets(args, pairs).isnan().all():
+            columns = "MOS_A_VQ .. MOS_B_TA" if args.loss == "regression" else "VQ, MQ, TA"
+            fail(f"{args.pairs} labels no pair for --loss {args.loss}: it needs columns {columns}")
         split_prompts(args, pairs)                                              # refuses a single prompt
     return pairs, kind
 
