@@ -318,14 +318,16 @@ class VideoDiT(nn.Module):
 # ---- LoRA (Hu et al. 2021, arXiv:2106.09685) ----
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus (alpha / rank) B A; A and B are fp32 and B starts at zero."""
+    """A frozen linear layer plus (alpha / rank) B A; A and B are fp32 and B starts at zero. A is drawn from generator, on
+    the CPU, so that it is the same on every device.
+    """
 
-    def __init__(self, linear, rank, alpha):
+    def __init__(self, linear, rank, alpha, generator=None):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=linear.weight.device))
+        A = nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features), a=5**0.5, generator=generator)
+        self.lora_A = nn.Parameter(A.to(linear.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
         self.scale, self.enabled = alpha / rank, True
 
     def forward(self, x):
@@ -349,16 +351,18 @@ def merge_lora(model):
     return model.requires_grad_(False)
 
 
-def add_lora(model, rank, alpha, targets=("q", "k", "v", "o")):
+def add_lora(model, rank, alpha, targets=("q", "k", "v", "o"), seed=0):
     """Freeze the model and put adapters on the linear layers of its blocks with these names; returns the model.
 
-    A model without `blocks`, such as a language model, is searched as a whole.
+    They start as a function of the seed alone: the global generator is left as it is. A model without `blocks`, such as a
+    language model, is searched as a whole.
     """
     model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
     for parent in list(getattr(model, "blocks", model).modules()):
         for name, child in list(parent.named_children()):
             if name in targets and isinstance(child, nn.Linear):
-                setattr(parent, name, LoRALinear(child, rank, alpha))
+                setattr(parent, name, LoRALinear(child, rank, alpha, generator))
     return model
 
 

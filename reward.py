@@ -323,14 +323,14 @@ class VideoReward(nn.Module):
             return r
         return (r - self.mean.cpu()) / self.std.cpu()
 
-    def trainable(self):
+    def trainable(self, seed=0):
         """Make trainable what the paper trains, in fp32, since steps of 2e-6 vanish in bf16: all of the vision tower
         and merger, LoRA on the language model's linear layers, the head and the three embedding rows.
 
         The rest keeps its dtype. Returns the model in training mode, with activation checkpointing.
         """
         self.requires_grad_(True)
-        add_lora(self.qwen.language_model, self.settings["lora_r"], self.settings["lora_alpha"], LINEARS)
+        add_lora(self.qwen.language_model, self.settings["lora_r"], self.settings["lora_alpha"], LINEARS, seed)
         self.qwen.visual.float()
         self.qwen.activation_checkpointing_enable({"use_reentrant": False})
         return self.train()

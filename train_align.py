@@ -283,7 +283,7 @@ def policy_and_reference(args, device):
     start = load_model(args.model, torch.float32 if args.dtype == "fp32" else torch.bfloat16)
     start = start if args.shard else start.to(device)                           # sharding moves it, block by block
     if args.lora_rank:
-        add_lora(merge_lora(start), args.lora_rank, args.lora_alpha)
+        add_lora(merge_lora(start), args.lora_rank, args.lora_alpha, seed=args.seed)
         return start, lambda: lora_disabled(start)
     merge_lora(start)
     return copy.deepcopy(start).requires_grad_(True), lambda: nullcontext(start)

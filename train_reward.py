@@ -179,7 +179,7 @@ def main(args):
         return benchmark(args, load_reward(args.eval, moved, args.template).to(device), pairs)
     torch.manual_seed(args.seed)
     if kind == "qwen":
-        reward = VideoReward.from_base(args.model, args.reward_token, args.template).trainable().to(device)
+        reward = VideoReward.from_base(args.model, args.reward_token, args.template).trainable(args.seed).to(device)
     else:
         reward = latent_reward(args, kind, device)
     codec = WanCodec(origin(args.model)[0], device) if kind == "wan" else None
