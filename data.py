@@ -1,8 +1,6 @@
-"""Everything between files and tensors: the toy world, videos, preference pairs, run folders, arguments,
-logs.
+"""Everything between files and tensors: Shapes world, preference pairs, videos, the two worlds, runs.
 
-    python data.py                   writes shapes.png: good and bad videos of Shapes world with their oracle scores
-    python data.py encode --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --pairs pairs.csv        fills the latent cache
+    python data.py         writes shapes.png: good and bad videos of Shapes world with their oracle scores
 
 Shapes world is a world small enough for two CPU cores in which the true quality of a video is known exactly:
 one soft-edged shape on a dark ground, 6 colours x 3 shapes x 4 directions, twelve renderers with different
@@ -27,9 +25,9 @@ import threading
 import time
 import typing
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -40,388 +38,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
+from model import HERE, UserError, fetch, find, read_json, read_tensors
 
 DIMS = ("VQ", "MQ", "TA")    # visual quality, motion quality, text alignment: the columns of every r (B, 3)
 
 
-# ---- several processes, started by torchrun; alone, all of this changes nothing ----
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def start_ranks():
-    """Join the other processes, on this one's GPU if there are any; only rank 0 prints."""
-    if WORLD == 1 or dist.is_initialized():
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
-    atexit.register(dist.destroy_process_group)
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
-        init = tqdm.__init__
-        tqdm.__init__ = lambda *args, **kwargs: init(*args, **kwargs | {"disable": True})
-
-
-def gather(x):
-    """[x of rank 0, x of rank 1, ..], of anything that can be pickled; all ranks wait for each other."""
-    everyone = [x] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(everyone, x)
-    return everyone
-
-
-def collect(mine):
-    """A list of which each rank made its share, items[RANK::WORLD], whole and in order."""
-    parts = gather(mine)
-    whole = [None] * sum(map(len, parts))
-    for rank, part in enumerate(parts):
-        whole[rank::WORLD] = part
-    return whole
-
-
-def on_rank_0(function):
-    """The function, called by rank 0 alone; the others wait for it and return what it returned there."""
-    @wraps(function)
-    def call(*args, **kwargs):
-        return gather(None if RANK else function(*args, **kwargs))[0]
-    return call
-
-
-def add_gradients(parameters):
-    """Give every rank the sum of all ranks' gradients: once a step, so that micro-batches cost no messages."""
-    if WORLD > 1:
-        sums = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
-        for s in sums:
-            s.wait()
-
-
-def shard(model):
-    """Split the weights over the ranks block by block (FSDP2): a block is whole only while it computes. A backward
-    pass then gives the mean of all ranks' gradients.
+def overall(r, dim_w=(1, 1, 1)):
+    """The scalar reward (...): weighted mean of normalised scores r (..., 3) over the dimensions. Sec. 5.2.
     """
-    from torch.distributed.fsdp import fully_shard
-    for module in (*model.blocks, model):
-        fully_shard(module)
+    dim_w = torch.tensor(dim_w, dtype=r.dtype, device=r.device)
+    return (r * dim_w).sum(-1) / dim_w.abs().sum()
 
 
-# ---- arguments, run folders, logs: one way for all scripts ----
-
-def fail(message):
-    """Say in one line what is wrong and how to mend it, and leave with exit status 2."""
-    print("error:", *str(message).splitlines(), file=sys.stderr)
-    raise SystemExit(2)
-
-
-@contextmanager
-def user_errors():
-    """Inside, or in a function with this decorator, a ValueError is the user's to mend: it fails in one line."""
-    try:
-        yield
-    except ValueError as e:
-        fail(e)
-
-
-def parse_args(cls, doc, argv=None):
-    """An instance of the dataclass cls from the command line. Annotations give the types, trailing comments
-    the help.
-
-    Literal is a choice, bool makes --flag and --no-flag, tuple reads numbers with commas, list takes several
-    words, `X | None` is left to the recipe. A wrong flag or value ends in one line and exit status 2.
-    """
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=style, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message} (--help lists every flag)")
-    hints = typing.get_type_hints(cls)
-    notes = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.M))
-    for f in fields(cls):
-        kind = hints[f.name]
-        if type(None) in typing.get_args(kind):
-            kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        note = notes.get(f.name, "").replace("%", "%%")
-        options = dict(default=f.default, help=note if f.default in (None, (), "") else f"{note} [{f.default}]")
-        if f.default is MISSING:
-            options = dict(required=True, help=note)
-        if typing.get_origin(kind) is typing.Literal:
-            options |= dict(choices=typing.get_args(kind))
-        elif kind is bool:
-            options |= dict(action=argparse.BooleanOptionalAction)
-        elif kind is tuple:
-            options |= dict(type=numbers, metavar="A,B,..")
-        elif kind is list:
-            options |= dict(nargs="+", metavar=f.name.upper())
-        else:
-            options |= dict(type=kind, metavar=kind.__name__.upper())
-        parser.add_argument(f"--{f.name}", **options)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(cls)], 1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        fail(f"unknown argument {unknown[0]}{hint} (--help lists every flag)")
-    return cls(**vars(args))
-
-
-def launch(main, cls, doc, argv=None):
-    """Run main with the arguments of the command line. A file or disk that fails ends in one line, exit status 2."""
-    try:
-        return main(parse_args(cls, doc, argv))
-    except OSError as e:
-        fail(e)
-
-
-def numbers(text):
-    """'0.5,0.5,0' as a tuple of numbers."""
-    return tuple(int(x) if x.strip().isdigit() else float(x) for x in text.split(","))
-
-
-def find(path, *names):
-    """The folder at path, as given or beside this file, so that `assets/base` works from anywhere.
-
-    names: files or folders of which it must hold one; else, one line and exit status 2.
-    """
-    found = Path(path) if Path(path).exists() or Path(path).is_absolute() else HERE / path
-    if not found.exists():
-        fail(f"{path} does not exist")
-    if names and not any((found / name).exists() for name in names):
-        fail(f"{path} holds no {' or '.join(names)}: is it the folder of a finished run?")
-    return found
-
-
-def fetch(name, wanted):
-    """The folder at name, as given or beside this file; else the wanted files of the hub repository of that name.
-    ValueError where there is neither.
-    """
-    if Path(name).is_absolute() or Path(name).exists() or (HERE / name).exists():
-        return find(name)
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=wanted))
-    except (OSError, ValueError) as e:
-        why = str(e).splitlines()[0]
-        raise ValueError(f"{name} does not exist here and cannot be had from the hub: {why}") from None
-
-
-def check_counts(args, *names):
-    """Refuse a number below 1 of the flags that count something, and a negative seed."""
-    if args.seed < 0:
-        fail(f"--seed {args.seed}: give 0 or a whole number above it")
-    for name in names:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)}: give a whole number above 0")
-
-
-def check_out(out):
-    """Refuse an --out that cannot become a folder, before any work is done."""
-    parent = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        why = "read-only" if parent.is_dir() else "a file"
-        fail(f"--out {out} cannot be written ({parent} is {why}): name another folder")
-
-
-def read_json(path):
-    """The object in a JSON file. ValueError names a file that holds none."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path} cannot be read as JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
-
-
-def write_json(path, value):
-    """Write value as JSON, to a temporary name and then renamed."""
-    Path(f"{path}.tmp").write_text(json.dumps(value, indent=1))
-    os.replace(f"{path}.tmp", path)
-
-
-@on_rank_0
-def start_run(args, device="cpu"):
-    """Make the run folder args.out and its config.json; returns it. An older run there is renamed and kept, or with
-    args.resume gone on with, if it had the same arguments.
-    """
-    run = Path(args.out)
-    if getattr(args, "resume", False) and (run / "config.json").exists():
-        with user_errors():
-            own = (read_json(run / "config.json").get("args") or {}) | {"resume": True}
-        now = json.loads(json.dumps(asdict(args)))
-        if other := [f"--{k} was {own.get(k)}, not {v}" for k, v in now.items() if own.get(k) != v]:
-            fail(f"--resume: {run} was made by another command ({'; '.join(other[:3])}): give the same arguments")
-        return run
-    try:
-        if (run / "config.json").exists():
-            n = next(n for n in range(1, 10**6) if not Path(f"{run}.{n}").exists())
-            run.rename(f"{run}.{n}")
-            print(f"{run} held an earlier run: it is now {run}.{n}")
-        run.mkdir(parents=True, exist_ok=True)
-        git = shutil.which("git") and subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"],
-                                                     capture_output=True, text=True)
-        write_json(run / "config.json", {
-            "command": command(args), "args": asdict(args), "commit": git.stdout.strip() if git else "",
-            "world": world_hash(), "torch": torch.__version__, "python": sys.version.split()[0],
-            "device": str(device), "threads": torch.get_num_threads()})
-    except OSError as e:
-        fail(f"--out {args.out} cannot be written ({e.strerror}): name a folder that can")
-    return run
-
-
-def markdown(head, rows):
-    """A Markdown table from the cells of its head and of each row."""
-    line = lambda cells: "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
-    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
-
-
-def command(args):
-    """The command line that makes these arguments again."""
-    words = ["python", Path(inspect.getfile(type(args))).name]
-    for name, value in asdict(args).items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif value not in (None, (), ""):
-            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return shlex.join(words)
-
-
-@on_rank_0
-def log(run, **event):
-    """Append one JSON object to the run's log.jsonl."""
-    with open(run / "log.jsonl", "a") as file:
-        file.write(json.dumps({"time": round(time.time(), 1), **event}) + "\n")
-
-
-def read_log(run):
-    """The events in the run's log.jsonl; a last line that was cut short when the run was killed is left out."""
-    lines = (run / "log.jsonl").read_text().split("\n")[:-1] if (run / "log.jsonl").exists() else []
-    return [json.loads(line) for line in lines]
-
-
-@contextmanager
-def ctrl_c():
-    """Inside, Ctrl-C does not stop the program: it makes the function that this gives return True. Twice stops it."""
-    asked = threading.Event()
-
-    def handler(*_):
-        asked.set()
-        signal.signal(signal.SIGINT, before)
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def prefetch(load, keys):
-    """load(*key) of each key in turn, the next one being loaded by a thread while this one is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        following = None
-        for key in keys:
-            current, following = following, pool.submit(load, *key)
-            if current is not None:
-                yield current.result()
-        if following is not None:
-            yield following.result()
-
-
-@on_rank_0
-def save_state(run, step, parts):
-    """Write what training needs to go on after step into run/state-<step>-<hash>.pt; the last two are kept.
-
-    parts: {name: module, optimizer, list or None}; of a module, its trained parameters. The file gets its name, with
-    the hash of its content in it, when it is complete.
-    """
-    state = {"step": step}
-    for name, part in parts.items():
-        if isinstance(part, torch.nn.Module):
-            state[name] = {k: p.data for k, p in part.named_parameters() if p.requires_grad}
-        elif part is not None:
-            state[name] = part if isinstance(part, list) else part.state_dict()
-    try:
-        torch.save(state, run / "state.tmp")
-    except RuntimeError as e:                                                   # torch's answer to a full disk
-        raise OSError(f"{run / 'state.tmp'} cannot be written: {e}") from None
-    os.replace(run / "state.tmp", run / f"state-{step:07}-{content_hash(run / 'state.tmp')}.pt")
-    for old in sorted(run.glob("state-*-*.pt"))[:-2]:
-        old.unlink()
-
-
-def load_state(run, parts):
-    """Bring parts to the newest whole state in run, and the log back to it; returns its step, 0 if there is none."""
-    for file in sorted(run.glob("state-*-*.pt"), reverse=True):
-        if content_hash(file) != file.stem.split("-")[2]:
-            print(f"{file} is damaged: going back to the one before it")
-            continue
-        state = torch.load(file, weights_only=True, map_location="cpu")
-        for name, part in parts.items():
-            if isinstance(part, list):
-                part[:] = state[name]
-            elif isinstance(part, torch.nn.Module):
-                part.load_state_dict(state[name], strict=False)                 # what is frozen is not in it
-            elif part is not None:
-                part.load_state_dict(state[name])
-        step = state["step"]
-        print(f"going on after step {step} of {file}")
-        break
-    else:
-        step = 0
-        print(f"{run} holds no whole state: starting at step 0")
-    cut_log(run, step)
-    return step
-
-
-@on_rank_0
-def cut_log(run, step):
-    """Take the events after step out of the run's log."""
-    events = [json.dumps(event) + "\n" for event in read_log(run) if event["step"] <= step]
-    Path(run / "log.tmp").write_text("".join(events))
-    os.replace(run / "log.tmp", run / "log.jsonl")
-
-
-def content_hash(path):
-    """The first 16 digits of a file's SHA-256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def stop_broken(run, **facts):
-    """Write the facts of a step whose loss or gradient is not finite to broken.json, and stop: exit status 2."""
-    facts = json.loads(json.dumps(facts), parse_constant=str)                   # JSON has no nan
-    on_rank_0(write_json)(run / "broken.json", facts)
-    fail(f"step {facts['step']}: loss or gradient is not finite; {run / 'broken.json'} has its rows, t and losses, and "
-         "--resume repeats it: look at those rows, or start again with a lower --lr")
-
-
-# ---- randomness ----
-
-def rng(*key):
-    """A torch.Generator that is a function of its key, such as ("noise", seed, step, sample): no hidden state."""
-    key = [zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key]
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
-
-
-def draw_noise(shape, seed, step, samples, logit_normal=False):
-    """t (B,) and eps (B, *shape) for the samples with these indices: t uniform in [0, 1), or logit-normal,
-    eps normal.
-
-    A function of (seed, step, sample) alone, so that resuming, splitting a batch and several ranks agree by
-    construction.
-    """
-    draws = [rng("noise", seed, step, i) for i in samples]
-    if logit_normal:
-        t = torch.stack([torch.randn((), generator=g) for g in draws]).sigmoid()
-    else:
-        t = torch.stack([torch.rand((), generator=g) for g in draws])
-    return t, torch.stack([torch.randn(shape, generator=g) for g in draws])
-
-
-def step_rows(n, batch, seed, step):
-    """The rows (batch,) of an optimizer step: each epoch is a fresh permutation of n, a function of (seed, epoch)."""
-    places = torch.arange(step * batch, (step + 1) * batch)
-    orders = {e: torch.randperm(n, generator=rng("order", seed, e)) for e in (places // n).unique().tolist()}
-    return torch.stack([orders[p // n][p % n] for p in places.tolist()])
+def with_overall(r):
+    """Normalised scores r (..., 3) and their mean, Overall: (..., 4)."""
+    return torch.cat([r, overall(r)[..., None]], dim=-1)
 
 
 # ---- Shapes world: prompts and text ----
@@ -433,11 +64,11 @@ COLOURS = {"red": (1, .1, .1), "yellow": (1, 1, .1), "green": (.1, 1, .1),
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}   # (x, y), y downwards
 PROMPTS = [f"a {c} {s} moving {d}" for c in COLOURS for s in SHAPES for d in DIRECTIONS]
-TEXT_LEN, TEXT_DIM = 8, 32              # word slots, zero after the last word as Wan pads its prompts; their width
+TEXT_LEN, TEXT_DIM = 8, 32         # word slots, zero after the last word as Wan pads its prompts; their width
 
 
 def attributes(prompts):
-    """(colour, shape, direction) of each prompt as indices (B, 3). ValueError names a prompt outside the
+    """(colour, shape, direction) of each prompt as indices (B, 3). UserError names a prompt outside the
     world.
     """
     rows = []
@@ -445,17 +76,21 @@ def attributes(prompts):
         words = prompt.lower().split()
         row = [[i for i, name in enumerate(kind) if name in words] for kind in (COLOURS, SHAPES, DIRECTIONS)]
         if any(len(found) != 1 for found in row):
-            raise ValueError(f"'{prompt}' is not a prompt of Shapes world; write one like '{PROMPTS[0]}'")
+            raise UserError(f"'{prompt}' is not a prompt of Shapes world; write one like '{PROMPTS[0]}'")
         rows.append([found[0] for found in row])
     return torch.tensor(rows)
 
 
 def split_of(prompt):
-    """'eval' for 18 of the 72 combinations, 'val' for 9, 'train' for 45: spread evenly over colours, shapes
-    and directions.
-    """
+    """'eval' for 18 of the 72 combinations, 'val' for 9, 'train' for 45: spread evenly over their parts."""
     c, s, d = attributes([prompt])[0].tolist()
     return {0: "eval", 4: "eval", 2: "val"}.get((c + 2 * s + 3 * d) % 8, "train")
+
+
+def prompts_of(split, n=None):
+    """The prompts of a split; with n, that many of them in turn."""
+    names = [p for p in PROMPTS if split_of(p) == split]
+    return [names[i % len(names)] for i in range(len(names) if n is None else n)]
 
 
 def embed_text(prompts):
@@ -486,7 +121,7 @@ RENDERERS = {
     "worn":    (.50, .45, .40, .30, .0, .10, .10, .10),
     "wild":    (.40, .40, .50, .20, .3, .40, .40, .40),
 }
-EDGES = torch.tensor([1.0, 3.0, 5.5, 8.0], dtype=torch.float64)     # px from full to none at a border: 1 is sharp
+EDGES = torch.tensor([1.0, 3.0, 5.5, 8.0], dtype=torch.float64)     # px from full to none: 1 is sharp
 RADII = torch.linspace(3.4, 5.4, 6, dtype=torch.float64)            # px, of the circle of the same area
 
 
@@ -512,9 +147,13 @@ def draw(gauge, radius, edge):
 
 
 def render(wanted, defects, g):
-    """Videos (B, 3, T, H, W) in [-1, 1], float64, of wanted attributes (B, 3) with defects (B, 8); g: generator."""
+    """Videos (B, 3, T, H, W) in [-1, 1], float64, of wanted attributes (B, 3) with defects (B, 8); g:
+    generator.
+    """
     B = len(wanted)
-    uniform = lambda *shape: torch.rand(B, *shape, generator=g, dtype=torch.float64)
+
+    def uniform(*shape):
+        return torch.rand(B, *shape, generator=g, dtype=torch.float64)
     blur, wash, jitter, stutter, teleport = (defects[:, i].double() for i in range(5))
     sizes = torch.tensor([len(COLOURS), len(SHAPES), len(DIRECTIONS)])
     other = (wanted + 1 + (uniform(3) * (sizes - 1)).long()) % sizes            # never the wanted one
@@ -523,10 +162,10 @@ def render(wanted, defects, g):
     # where: constant velocity through a point near the middle, then the flaws of motion
     speed = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float64)[direction]
     speed = speed * (1.0 + 0.5 * uniform(1))                                    # (B, 2), px / frame
-    middle = (SIZE - 1) / 2 + (uniform(2) - 0.5) * (10 - 7 * speed.abs().sign())    # +-1.5 px along, +-5 px across
+    middle = (SIZE - 1) / 2 + (uniform(2) - 0.5) * (10 - 7 * speed.abs().sign())  # +-1.5 px along, +-5 across
     clock = torch.arange(FRAMES, dtype=torch.float64).repeat(B, 1)
     held = uniform(FRAMES) < 0.6 * stutter[:, None]
-    for f in range(1, FRAMES):                                                  # a held frame repeats the last
+    for f in range(1, FRAMES):                                                 # a held frame repeats the last
         clock[:, f] = torch.where(held[:, f], clock[:, f - 1], clock[:, f])
     path = middle[:, None] + speed[:, None] * (clock - (FRAMES - 1) / 2)[..., None]        # (B, T, 2)
     path = path + 1.5 * jitter[:, None, None] * torch.randn(B, FRAMES, 2, generator=g, dtype=torch.float64)
@@ -546,15 +185,18 @@ def render(wanted, defects, g):
 
 
 def flawed_videos(n, split, g):
-    """n videos of random renderers, (n, 3, T, H, W) in [-1, 1], and their prompts; split None is every prompt."""
-    names = [p for p in PROMPTS if split in (None, split_of(p))]
+    """n videos of random renderers, (n, 3, T, H, W) in [-1, 1], and their prompts; split None is every
+    prompt.
+    """
+    names = PROMPTS if split is None else prompts_of(split)
     prompts = [names[i] for i in torch.randint(len(names), (n,), generator=g)]
     who = torch.randint(len(RENDERERS), (n,), generator=g)
     return render_as(who, prompts, g), prompts
 
 
 def render_as(who, prompts, g):
-    """Videos of prompts by the renderers who (B,); each strength is drawn between half and all of its value."""
+    """Videos of prompts by the renderers who (B,); each strength is drawn between half and all of its value.
+    """
     defects = torch.tensor(list(RENDERERS.values()), dtype=torch.float64)[who]
     defects[:, :5] *= 0.5 + 0.5 * torch.rand(len(who), 5, generator=g, dtype=torch.float64)
     return render(attributes(prompts), defects, g)
@@ -574,14 +216,15 @@ def oracle(video, prompts):
     """The true VQ, MQ and TA in [0, 1], (B, 3) fp32, measured from the pixels (B, 3, T, H, W) in [-1, 1] and
     the prompt alone.
 
-    Each frame is compared with every shape of the world drawn where its light is: 3 shapes, 6 radii, 4 edge widths.
+    Each frame is compared with every shape of the world drawn where its light is: 3 shapes, 6 radii, 4 edge
+    widths.
       presence  share of the frame's energy that the best of them explains (0 for nothing, near 0 for noise)
       VQ        exp(-4 R), R the energy of the difference to the nearest flawless frame, over that frame's own
-      MQ        presence * smooth * moving * steady: near a constant-velocity path, at speed, with equal frames
+      MQ        presence * smooth * moving * steady: a constant-velocity path, at speed, equal frames
       TA        presence * (colour + shape + direction) / 3, each the degree to which it is the prompted one
     """
-    parts = [_oracle(video[i:i + 8], prompts[i:i + 8]) for i in range(0, len(video), 8)]    # 8 stay in a CPU's cache
-    return torch.cat(parts).float()
+    eights = range(0, len(video), 8)                                            # which stay in a CPU's cache
+    return torch.cat([_oracle(video[i:i + 8], prompts[i:i + 8]) for i in eights]).float()
 
 
 def _oracle(video, prompts):
@@ -590,10 +233,11 @@ def _oracle(video, prompts):
     total = energy.sum((2, 3)) + 1e-6                                                      # (B, T)
     grid = torch.arange(SIZE, dtype=video.dtype, device=video.device)
     weight = energy
-    for _ in range(3):                                                          # centre of light, then near it
+    for _ in range(3):                                                         # centre of light, then near it
         mass = weight.sum((2, 3)) + 1e-6
-        centre = torch.stack([(weight.sum(axis) * grid).sum(2) / mass for axis in (2, 3)], dim=-1)   # (B, T, 2)
-        far = (grid - centre[..., :1]).square()[..., None, :] + (grid - centre[..., 1:]).square()[..., :, None]
+        centre = torch.stack([(weight.sum(axis) * grid).sum(2) / mass for axis in (2, 3)], dim=-1)
+        x, y = centre[..., :1], centre[..., 1:]                                            # (B, T, 1) each
+        far = (grid - x).square()[..., None, :] + (grid - y).square()[..., :, None]
         weight = energy * torch.exp(-far / 50)
 
     radii, edges = RADII.to(video), EDGES.to(video)
@@ -607,7 +251,9 @@ def _oracle(video, prompts):
 
     # colour: of the light under the best mask, its chroma against the six of the palette
     best = explained.flatten(2).argmax(2)
-    pick = lambda y, i: y.gather(2, i[..., None, None].expand(-1, -1, 1, y.shape[-1]))[:, :, 0]
+
+    def pick(y, i):
+        return y.gather(2, i[..., None, None].expand(-1, -1, 1, y.shape[-1]))[:, :, 0]
     ink = pick((match / power[..., None]).flatten(2, 4), best)                  # (B, T, 3)
     palette = torch.tensor(list(COLOURS.values())).to(video)
     chroma, hues = ink - ink.mean(-1, keepdim=True), palette - palette.mean(-1, keepdim=True)
@@ -648,50 +294,47 @@ def _oracle(video, prompts):
 @lru_cache
 def world_hash():
     """Fingerprint of Shapes world: prompts, split, word embeddings, rendered pixels and oracle scores, to
-    three decimals.
-
-    It stands in the metadata of all weights trained on this world: change the world and they must be trained
-    again.
+    three decimals. It stands in the metadata of all weights trained on this world.
     """
     video, prompts = flawed_videos(8, None, rng(0))
-    parts = [PROMPTS, [split_of(p) for p in PROMPTS], ORACLE_STD] + [
+    facts = [PROMPTS, [split_of(p) for p in PROMPTS], ORACLE_STD] + [
         (1000 * x).round().int().tolist() for x in (embed_text(PROMPTS[:1]), video, _oracle(video, prompts))]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
 def check_world(metadata, path):
     """Refuse weights that were trained on another Shapes world than this file's."""
-    if metadata.get("world") != world_hash():
-        found = metadata.get("world")
-        fail(f"{path} was trained on another Shapes world ({found}, here {world_hash()}): train it again")
+    found = metadata.get("world")
+    if found != world_hash():
+        raise UserError(f"{path} is of another Shapes world ({found}, here {world_hash()}): train it again")
 
 
 # ---- Shapes world: annotators and preference pairs ----
 
-def with_overall(score):
-    """Oracle scores (B, 3) in units of their standard deviation on the flawed mixture, and their mean: (B, 4)."""
-    z = score / torch.tensor(ORACLE_STD)
-    return torch.cat([z, z.mean(1, keepdim=True)], dim=1)
-
-
 SHARPNESS = (1.5, 1.5, 1.5, 2.5)      # logits per standard deviation of the oracle, for VQ, MQ, TA, Overall
+
+
+def normalised(score):
+    """Oracle scores (..., 3) in units of their standard deviation on the flawed mixture."""
+    return score / torch.tensor(ORACLE_STD)
 
 
 def annotate(score_a, score_b, g, noise=1.0):
     """Human labels (B, 4) for VQ, MQ, TA, Overall: +1 A, 0 same, -1 B, drawn from the oracle's margins by
     Rao-Kupper.
 
-    score_a, score_b: oracle scores (B, 3); g: generator; noise divides the sharpness. With noise 1, 40 to 60 % are
-    ties.
+    score_a, score_b: oracle scores (B, 3); g: generator; noise divides the sharpness. With noise 1, 40 to 60
+    % are ties.
     """
-    d = (with_overall(score_a) - with_overall(score_b)) * torch.tensor(SHARPNESS) / noise
+    d = with_overall(normalised(score_a)) - with_overall(normalised(score_b))
+    d = d * torch.tensor(SHARPNESS) / noise
     u, log_tie = torch.rand(d.shape, generator=g), np.log(5)
     return (u < torch.sigmoid(d - log_tie)).float() - (u > 1 - torch.sigmoid(-d - log_tie)).float()
 
 
 def likert(score, g, noise=1.0):
-    """An annotator's 1 to 5 points for oracle scores (..., 3): half a point of noise, or noise times that, then whole
-    points.
+    """An annotator's 1 to 5 points for oracle scores (..., 3): half a point of noise, or noise times that,
+    then whole points.
     """
     return (1 + 4 * score + 0.5 * noise * torch.randn(score.shape, generator=g)).round().clamp(1, 5)
 
@@ -700,81 +343,63 @@ def likert(score, g, noise=1.0):
 class Pairs:
     """n preference pairs: two videos of each prompt, A first.
 
-    label (n, 4): VQ, MQ, TA, Overall as +1 A, 0 same, -1 B, nan unlabelled; mos (n, 2, 3): Likert points of A and
-    B, nan where there are none. Of Shapes world also videos, uint8 (n, 2, 3, T, H, W), and score (n, 2, 3), the
-    oracle's; read from a file also paths [(A, B)] and lines, the lines of the file, and, once encode has been there,
-    files [(A's latents, B's latents, the prompt's embedding)] in the cache.
+    videos: a sequence of (A, B), paths of files or uint8 (3, T, H, W); those in memory are one tensor. label
+    (n, 4): VQ, MQ, TA, Overall as +1 A, 0 same, -1 B, nan unlabelled; mos (n, 2, 3): Likert points of A and
+    B, nan where there are none. lines: where each pair stands in its file, or its number.
     """
     prompts: list
+    videos: typing.Sequence
     label: torch.Tensor
     mos: torch.Tensor
-    videos: torch.Tensor = None
-    score: torch.Tensor = None
-    paths: list = None
-    lines: list = None
-    files: list = None
+    lines: list
 
-    def latents(self, rows):
-        """x0 (len(rows), 2, C, T, H, W) of A and B, fp32: from the cache, or the toy's own pixels in [-1, 1]."""
-        if self.files is None:
-            return to_float(self.videos[rows])
-        return torch.stack([torch.stack([load_cached(file) for file in self.files[i][:2]]) for i in rows]).float()
+    def __len__(self):
+        return len(self.prompts)
 
-    def text(self, rows):
-        """Prompt embeddings (len(rows), S, text_dim), fp32."""
-        if self.files is None:
-            return embed_text([self.prompts[i] for i in rows])
-        return pad_text([load_cached(self.files[i][2]) for i in rows])
+    def where(self, rows):
+        """The lines of these rows in their file, for messages."""
+        return [self.lines[i] for i in rows]
 
     def subset(self, rows):
         """The Pairs of these rows."""
-        pick = lambda x: x if x is None else x[rows] if torch.is_tensor(x) else [x[i] for i in rows]
+        def pick(x):
+            return x[rows] if torch.is_tensor(x) else [x[i] for i in rows]
         return Pairs(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
 
+    def winner_first(self, order):
+        """The Pairs with A and B of each in this order (n, 2) of 0 and 1."""
+        rows = torch.arange(len(self))[:, None]
+        if torch.is_tensor(self.videos):
+            videos = self.videos[rows, order]
+        else:
+            videos = [tuple(pair[i] for i in turn) for pair, turn in zip(self.videos, order)]
+        label = self.label * (1 - 2 * order[:, :1])                          # the other way round where B won
+        return Pairs(self.prompts, videos, label, self.mos[rows, order], self.lines)
 
-def toy_pairs(n, split, seed, judge=True, noise=1.0):
+
+def toy_pairs(n, split, seed, noise=1.0, labelled=True):
     """n Pairs of Shapes world for the prompts of a split, A and B by two different renderers, labelled by
-    annotators of this noise; with judge=False they stay unlabelled, which saves most of the time.
+    annotators of this noise. Unlabelled they cost a quarter of the time.
     """
     g = rng("pairs", split, seed)
-    names = [p for p in PROMPTS if split_of(p) == split]
+    names = prompts_of(split)
     prompts = [names[i] for i in torch.randint(len(names), (n,), generator=g)]
     a = torch.randint(len(RENDERERS), (n,), generator=g)
     b = (a + torch.randint(1, len(RENDERERS), (n,), generator=g)) % len(RENDERERS)
-    parts = [slice(i, i + 256) for i in range(0, n, 256)]
-    videos = torch.stack([torch.cat([to_uint8(render_as(who[part], prompts[part], g)) for part in parts])
+    chunks = [slice(i, i + 256) for i in range(0, n, 256)]
+    videos = torch.stack([torch.cat([to_uint8(render_as(who[chunk], prompts[chunk], g)) for chunk in chunks])
                           for who in (a, b)], dim=1)
-    if not judge:
-        return Pairs(prompts, torch.full((n, 4), torch.nan), torch.full((n, 2, 3), torch.nan), videos)
-    score = torch.stack([oracle(to_float(videos[:, k]), prompts) for k in (0, 1)], dim=1)
-    label, mos = annotate(score[:, 0], score[:, 1], g, noise=noise), likert(score, g, noise)
-    return Pairs(prompts, label, mos, videos, score)
+    unknown = torch.full((n, 4), torch.nan), torch.full((n, 2, 3), torch.nan)
+    pairs = Pairs(prompts, videos, *unknown, lines=list(range(n)))
+    if labelled:
+        score = true_scores(pairs)
+        pairs.label, pairs.mos = annotate(score[:, 0], score[:, 1], g, noise), likert(score, g, noise)
+    return pairs
 
 
-def report_pairs(pairs, held_out=()):
-    """Print what a set of pairs is made of: repeated pairs, whether their labels contradict each other, and how many of
-    its prompts are among the held_out ones; ties of each dimension, and how often it agrees with the others.
-    """
-    videos = pairs.paths or [[hash(video.numpy().tobytes()) for video in pair] for pair in pairs.videos]
-    prompts, sign, verdicts = set(pairs.prompts), pairs.label.nan_to_num(), {}  # +1 A, -1 B, 0 says nothing
-    for prompt, (a, b), label in zip(pairs.prompts, videos, sign.tolist()):
-        turn = 1 if a < b else -1                                               # both orders have one key
-        verdicts.setdefault((prompt, *sorted((a, b))), []).append([turn, *(turn * x for x in label)])
-    print(f"{len(videos)} pairs of {len({x for pair in videos for x in pair})} videos and {len(prompts)} prompts"
-          + f", {len(prompts & set(held_out))} of which are evaluated on too" * bool(held_out))
-    if repeated := [list(zip(*rows)) for rows in verdicts.values() if len(rows) > 1]:
-        both, opposite = (sum(any({1, -1} <= set(column) for column in columns[part]) for columns in repeated)
-                          for part in (slice(1), slice(1, None)))
-        print(f"{len(repeated)} pairs occur more than once: {both} in both orders, {opposite} with opposite labels")
-    names = (*DIMS, "Overall")
-    for k, name in enumerate(names):
-        label, same = pairs.label[:, k][~pairs.label[:, k].isnan()], sign[:, k:k + 1] * sign    # same > 0: they agree
-        if len(label):
-            share = [f"{other} {(x > 0).sum() / (x != 0).sum():.0%}" for other, x in zip(names, same.T)
-                     if other != name and x.any()]
-            print(f"{name}: {len(label) / len(videos):.0%} labelled; A {(label > 0).float().mean():.0%}, "
-                  f"B {(label < 0).float().mean():.0%}, ties {(label == 0).float().mean():.0%}"
-                  + f"; where both decide, it agrees with {', '.join(share)}" * bool(share))
+def true_scores(pairs):
+    """The oracle's scores (n, 2, 3) of A and B of Pairs in memory."""
+    return torch.stack([oracle(to_float(pairs.videos[:, k]), pairs.prompts) for k in (0, 1)], dim=1)
 
 
 # ---- preference pairs from files ----
@@ -792,11 +417,13 @@ LABELS = {word: label for label, words in LABELS.items() for word in words}
 
 
 def read_table(path):
-    """[(line, {column: text})] of a CSV, JSONL or JSON file, in UTF-8; one line and exit status 2 if it is none."""
+    """[(line, {column: text})] of a CSV, JSONL or JSON file, in UTF-8. UserError names a file that is none.
+    """
     path = Path(path)
     if path.suffix == ".parquet":
-        code = f"import pandas; pandas.read_parquet('{path}').to_csv('{path.with_suffix('.csv')}', index=False)"
-        fail(f"{path} is Parquet: where pandas is installed, make it a CSV by python -c {shlex.quote(code)}")
+        csv_path = path.with_suffix(".csv")
+        code = f"import pandas; pandas.read_parquet('{path}').to_csv('{csv_path}', index=False)"
+        raise UserError(f"{path} is Parquet: with pandas, make it a CSV by python -c {shlex.quote(code)}")
     try:
         if path.suffix in (".jsonl", ".json"):
             text = path.read_text("utf-8-sig")
@@ -805,62 +432,115 @@ def read_table(path):
             else:
                 table = [(n, json.loads(line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
             if not all(isinstance(row, dict) for _, row in table):
-                fail(f"{path} must hold one JSON object per row, with its columns as keys")
+                raise UserError(f"{path} must hold one JSON object per row, with its columns as keys")
             return [(n, {k: "" if v is None else str(v) for k, v in row.items()}) for n, row in table]
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restkey="", restval="", strict=True)
             return [(reader.line_num, row) for row in reader]
+    except UserError:
+        raise
     except UnicodeDecodeError as e:
-        fail(f"{path} is not UTF-8 text (byte {e.start}): save it as a CSV or JSONL file in UTF-8")
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start}): save it as CSV or JSONL") from None
     except (OSError, ValueError, TypeError, RecursionError, csv.Error) as e:
-        fail(f"{path} cannot be read as {path.suffix[1:].upper() if path.suffix[:5] == '.json' else 'CSV'}: {e}")
+        kind = path.suffix[1:].upper() if path.suffix[:5] == ".json" else "CSV"
+        raise UserError(f"{path} cannot be read as {kind}: {e}") from None
 
 
 def read_pairs(path):
     """Pairs of a file in one of LAYOUTS, CSV, JSONL or JSON; video paths are relative to the file.
 
-    Labels are A, B or same in any case, or another of LABELS; anything else is unlabelled, and how many are is
-    printed. Numbers are refused: whether 1 and 0, 1 and 2 or 1 and -1 are meant can't be known. MOS_A_VQ .. MOS_B_TA,
-    where they stand, are Likert points. All rows are checked at once: a missing column, prompt or video ends in one
-    line that names it, and exit status 2.
+    Labels are A, B or same in any case, or another of LABELS; anything else is unlabelled, and how many are
+    is printed. Numbers are refused: whether 1 and 0, 1 and 2 or 1 and -1 are meant can't be known. MOS_A_VQ
+    .. MOS_B_TA, where they stand, are Likert points. All rows are checked at once: UserError names a missing
+    column, prompt or video.
     """
     table, folder = read_table(path), Path(path).parent
     if not table:
-        fail(f"{path} holds no pairs: give it a header and one row per pair")
+        raise UserError(f"{path} holds no pairs: give it a header and one row per pair")
     columns = set().union(*(row for _, row in table))
     layout = next((names for names in LAYOUTS if columns.issuperset(names)), None)
     labelled = [dim for dim in (*DIMS, "Overall") if dim in columns]
     if layout is None or (layout[1] == "path_A" and not labelled):
         known = "; ".join(f"{', '.join(names)} ({what})" for names, what in LAYOUTS.items())
-        fail(f"{path} has the columns {', '.join(sorted(map(str, columns)))}; understood are: {known}")
+        found = ", ".join(sorted(map(str, columns)))
+        raise UserError(f"{path} has the columns {found}; understood are: {known}")
 
-    paths, label, mos, odd, bad = [], [], [], [], []
-    points = lambda text: float(text) if re.fullmatch(r"\s*[1-5](\.\d+)?\s*", text or "") else float("nan")
+    videos, label, mos, odd, bad = [], [], [], [], []
     for line, row in table:
         if not (row.get("prompt") or "").strip():
             bad.append(f"row {line} has no prompt")
         pair = tuple(folder / (row.get(name) or "") for name in layout[1:3])
         bad += [f"row {line}: {video} does not exist" for video in pair if not os.path.isfile(video)]
-        words = {"Overall": row.get(layout[3]) if layout[3:] else "A"}
-        words = {dim: row.get(dim) for dim in labelled} if layout[1] == "path_A" else words
+        if layout[1] == "path_A":
+            words = {dim: row.get(dim) for dim in labelled}
+        else:
+            words = {"Overall": row.get(layout[3]) if layout[3:] else "A"}
         words = {dim: (word or "").strip().lower() for dim, word in words.items()}
         odd += [word for word in words.values() if word not in LABELS]
         label.append([LABELS.get(words.get(dim), float("nan")) for dim in (*DIMS, "Overall")])
         mos.append([[points(row.get(f"MOS_{side}_{dim}")) for dim in DIMS] for side in "AB"])
-        paths.append(pair)
+        videos.append(pair)
     if bad:
         more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
-        fail(f"{path}, {bad[0]}{more}: mend the file; paths are relative to its folder")
-    if numeric := sorted({word for word in odd if re.fullmatch(r"[-+]?\d+(\.\d*)?", word)}):
-        fail(f"{path} has the labels {', '.join(numeric[:5])}: write A, B or same, numbers do not say which one won")
+        raise UserError(f"{path}, {bad[0]}{more}: mend the file; paths are relative to its folder")
+    numeric = sorted({word for word in odd if re.fullmatch(r"[-+]?\d+(\.\d*)?", word)})
+    if numeric:
+        raise UserError(f"{path} has the labels {', '.join(numeric[:5])}: write A, B or same, as numbers do "
+                        "not say which one won")
     if odd:
         seen = ", ".join(sorted({repr(word) for word in odd})[:5])
         print(f"{path}: {len(odd)} labels are neither A, B nor same ({seen}): taken as unlabelled")
-    return Pairs([row["prompt"].strip() for _, row in table], torch.tensor(label), torch.tensor(mos),
-                 paths=paths, lines=[line for line, _ in table])
+    prompts = [row["prompt"].strip() for _, row in table]
+    return Pairs(prompts, videos, torch.tensor(label), torch.tensor(mos), [line for line, _ in table])
 
 
-# ---- videos and pictures ----
+def points(text):
+    """The Likert points that a cell holds, 1 to 5; nan where it holds none."""
+    return float(text) if re.fullmatch(r"\s*[1-5](\.\d+)?\s*", text or "") else float("nan")
+
+
+def report_pairs(pairs, held_out=()):
+    """Print what a set of pairs is made of: repeated pairs, whether their labels contradict each other, and
+    how many of its prompts are among the held_out ones; ties of each dimension, and how often it agrees with
+    others.
+    """
+    names = [[v if isinstance(v, Path) else hash(v.numpy().tobytes()) for v in pair] for pair in pairs.videos]
+    prompts, videos = set(pairs.prompts), {video for pair in names for video in pair}
+    shared = f", {len(prompts & set(held_out))} of which are evaluated on too" if held_out else ""
+    print(f"{len(pairs)} pairs of {len(videos)} videos and {len(prompts)} prompts" + shared)
+    report_repeats(pairs, names)
+    columns = (*DIMS, "Overall")
+    for k, name in enumerate(columns):
+        label = pairs.label[:, k][~pairs.label[:, k].isnan()]
+        if not len(label):
+            continue
+        a, b, ties = ((label == x).float().mean() for x in (1, -1, 0))
+        line = f"{name}: {len(label) / len(pairs):.0%} labelled; A {a:.0%}, B {b:.0%}, ties {ties:.0%}"
+        agrees = []
+        for other, column in zip(columns, pairs.label.T):
+            same = (pairs.label[:, k] * column).nan_to_num()                  # +1 where both decide and agree
+            if other != name and same.any():
+                agrees.append(f"{other} {(same > 0).sum() / (same != 0).sum():.0%}")
+        print(line + (f"; where both decide, it agrees with {', '.join(agrees)}" if agrees else ""))
+
+
+def report_repeats(pairs, names):
+    """Print how many of the pairs, of videos with these names, occur again, and what their labels say then.
+    """
+    found = defaultdict(list)
+    for prompt, (a, b), label in zip(pairs.prompts, names, pairs.label.nan_to_num()):
+        turned = b < a
+        found[prompt, min(a, b), max(a, b)].append((turned, -label if turned else label))
+    repeated = [rows for rows in found.values() if len(rows) > 1]
+    if repeated:
+        both = sum(len({turned for turned, _ in rows}) == 2 for rows in repeated)
+        labels = [torch.stack([label for _, label in rows]) for rows in repeated]
+        opposite = sum(((x == 1).any(0) & (x == -1).any(0)).any().item() for x in labels)
+        print(f"{len(repeated)} pairs occur more than once: {both} in both orders, "
+              f"{opposite} with opposite labels")
+
+
+# ---- video files and pictures ----
 
 def to_uint8(video):
     """[-1, 1] to 0..255."""
@@ -874,27 +554,30 @@ def to_float(video):
 
 @contextmanager
 def open_video(path):
-    """(PyAV's container, its video stream, frames per second or 0). ValueError names a file that is no video."""
+    """(PyAV's container, its video stream, frames per second or 0). UserError names a file that is no video.
+    """
     import av
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise ValueError(f"{path} has no video in it")
+                raise UserError(f"{path} has no video in it")
             stream = container.streams.video[0]
             yield container, stream, float(stream.average_rate or stream.guessed_rate or 0)
-    except (av.FFmpegError, OSError, AttributeError) as e:                      # a stream without a codec has no size
-        raise ValueError(f"{path} cannot be read as a video: {e}") from None
+    except (av.FFmpegError, OSError, AttributeError) as e:              # a stream without a codec has no size
+        raise UserError(f"{path} cannot be read as a video: {e}") from None
 
 
 def video_info(path):
-    """(frames, fps, height, width) of a video file, without decoding it. ValueError names a file that is no video."""
+    """(frames, fps, height, width) of a video file, without decoding it. UserError names a file that is no
+    video.
+    """
     with open_video(path) as (container, stream, fps):
         size = stream.height, stream.width
         count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
     if count < 1 or not fps > 0:
-        raise ValueError(f"{path} has {count} frames at {fps:g} frames per second")
+        raise UserError(f"{path} has {count} frames at {fps:g} frames per second")
     if max(size) > 8192:
-        raise ValueError(f"{path} is {size[1]} x {size[0]}: more than 8192 pixels a side are refused")
+        raise UserError(f"{path} is {size[1]} x {size[0]}: more than 8192 pixels a side are refused")
     return count, fps, *size
 
 
@@ -902,7 +585,7 @@ def read_video(path, indices=None):
     """(frames, fps): uint8 (T, H, W, 3) and the frame rate; indices: the frames wanted, ascending (all of
     them if None).
 
-    Decoding stops after the last one wanted. ValueError names a file that cannot be read or is too short.
+    Decoding stops after the last one wanted. UserError names a file that cannot be read or is too short.
     """
     wanted, frames = None if indices is None else set(int(i) for i in indices), {}
     with open_video(path) as (container, stream, fps):
@@ -914,14 +597,16 @@ def read_video(path, indices=None):
                 break
     missing = sorted((wanted or set()) - set(frames))
     if missing or not frames:
-        raise ValueError(f"{path} has no frame {missing[0] if missing else 0}")
+        raise UserError(f"{path} has no frame {missing[0] if missing else 0}")
     if len({frame.shape for frame in frames.values()}) > 1:
-        raise ValueError(f"{path} changes its size on the way")
+        raise UserError(f"{path} changes its size on the way")
     return np.stack([frames[i] for i in (sorted(frames) if indices is None else map(int, indices))]), fps
 
 
 def write_video(path, video, fps):
-    """Write an mp4 (H.264) from a video (3, T, H, W) in [-1, 1] or uint8 frames (T, H, W, 3), even in H and W."""
+    """Write an mp4 (H.264) from a video (3, T, H, W) in [-1, 1] or uint8 frames (T, H, W, 3), even in H and
+    W.
+    """
     import av
     if torch.is_tensor(video):
         video = video if video.dtype == torch.uint8 else to_uint8(video).permute(1, 2, 3, 0)
@@ -929,7 +614,7 @@ def write_video(path, video, fps):
     T, H, W, _ = video.shape
     assert H % 2 == 0 and W % 2 == 0, f"H.264 needs even sides, not {H} x {W}"
     with av.open(str(path), "w", format="mp4") as container:
-        options = {"crf": "12", "mbtree": "0"}                                  # with mbtree the bytes depend on chance
+        options = {"crf": "12", "mbtree": "0"}                        # with mbtree the bytes depend on chance
         stream = container.add_stream("libx264", rate=int(round(fps)), options=options)
         stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
         for frame in video:
@@ -939,7 +624,9 @@ def write_video(path, video, fps):
 
 
 def contact_sheet(path, rows, max_frames=8):
-    """Write a PNG of rows of cells (caption, video (3, T, H, W) in [-1, 1]): strips of frames over their captions."""
+    """Write a PNG of rows of cells (caption, video (3, T, H, W) in [-1, 1]): strips of frames over their
+    captions.
+    """
     from PIL import Image, ImageDraw
     strips = []
     for row in rows:
@@ -955,7 +642,8 @@ def contact_sheet(path, rows, max_frames=8):
     sheet = Image.new("RGB", (columns * width, len(rows) * (height + 20)), "white")
     pen, place = ImageDraw.Draw(sheet), [(c, r) for r, row in enumerate(rows) for c in range(len(row))]
     for (caption, strip), (c, r) in zip(strips, place):
-        strip = strip.resize((int(strip.width * scale), height), Image.NEAREST if scale >= 1 else Image.LANCZOS)
+        sharp = Image.NEAREST if scale >= 1 else Image.LANCZOS
+        strip = strip.resize((int(strip.width * scale), height), sharp)
         sheet.paste(strip, (c * width + 4, r * (height + 20) + 2))
         pen.text((c * width + 4, r * (height + 20) + height + 3), caption, fill="black")
     sheet.save(path, optimize=True)
@@ -966,42 +654,167 @@ def caption_of(score):
     return "  ".join(f"{dim} {x:.2f}" for dim, x in zip(DIMS, score.tolist()))
 
 
-# ---- codecs: between pixels and latents, prompts and embeddings ----
+def markdown(head, rows):
+    """A Markdown table from the cells of its head and of each row."""
+    lines = [head, *rows]
+    text = ["|" + "".join(f" {cell} |" if cell else " |" for cell in cells) for cells in lines]
+    return "\n".join([text[0], "|---" * len(head) + "|", *text[1:]])
 
-WAN_FPS, WAN_TEXT_LEN = 16, 512
 
+# ---- the two worlds: what differs between Shapes world and Wan, behind one interface ----
 
-class ShapesCodec:
-    """Shapes world needs no autoencoder: its latents are pixels, its text encoder a table of words."""
-    fps = FPS
+class Shapes:
+    """Shapes world: its latents are pixels, its text encoder a table of words, and its truth is known."""
+    name, fps, judges = "shapes", FPS, ("shapes",)      # judges: what a reward may read here
 
-    def latent_shape(self, frames, size):
-        return 3, frames, *size
+    def metadata(self):
+        """What the weights trained on this world say of it."""
+        return {"world": world_hash()}
+
+    def read(self, args, noise=1.0, labelled=True):
+        """The Pairs of the file args.pairs, or args.n_pairs drawn ones by annotators of this noise."""
+        if not args.pairs:
+            return toy_pairs(args.n_pairs, "train", args.seed, noise, labelled)
+        pairs = read_pairs(args.pairs)
+        self.check_prompts(pairs.prompts)
+        return pairs
+
+    def encode(self, pairs, args):
+        """The pairs with their videos in memory. UserError names a bad one, unless args.skip_bad."""
+        if torch.is_tensor(pairs.videos):
+            return pairs
+        bad, clips = {}, {}
+        for line, pair in zip(pairs.lines, pairs.videos):
+            for path in pair:
+                if path not in clips and path not in bad:
+                    with noted(bad, path, line, args.skip_bad):
+                        clips[path] = to_uint8(read_shapes(path))
+        pairs = leave_out(pairs, bad)
+        pairs.videos = torch.stack([torch.stack([clips[path] for path in pair]) for pair in pairs.videos])
+        return pairs
+
+    def prompts(self, split, n=None):
+        """The prompts of a split; with n, that many of them in turn."""
+        return prompts_of(split, n)
+
+    def check_prompts(self, prompts):
+        """UserError for a prompt that this world does not know."""
+        attributes(prompts)
+
+    def latents(self, pairs, rows):
+        """x0 (len(rows), 2, 3, T, H, W) of A and B, fp32 in [-1, 1]."""
+        return to_float(pairs.videos[rows])
+
+    def text(self, pairs, rows):
+        """Prompt embeddings (len(rows), TEXT_LEN, TEXT_DIM)."""
+        return embed_text([pairs.prompts[i] for i in rows])
 
     def embed(self, prompts):
-        """Text (n, TEXT_LEN, text_dim); the empty prompt is all zeros."""
+        """Text (n, TEXT_LEN, TEXT_DIM); the empty prompt is all zeros."""
         return embed_text(prompts)
+
+    def latent_shape(self, frames, size):
+        """(C, T, H, W) of the latents of a video. UserError for another size than this world's."""
+        if (frames, *size) != (FRAMES, SIZE, SIZE):
+            raise UserError("--frames and --size are for Wan: videos of Shapes world have one size")
+        return 3, frames, *size
 
     def decode(self, latents):
         """Videos (n, 3, T, H, W) in [-1, 1] on the CPU."""
         return latents.clamp(-1, 1).cpu()
 
+    def enlarge(self, video):
+        """A video (3, T, H, W) large enough to look at: 24 pixels are few."""
+        return video.repeat_interleave(8, 2).repeat_interleave(8, 3)
 
-class WanCodec:
-    """The VAE and UMT5 text encoder of a Wan 2.1 folder or hub repository in diffusers' layout; each is loaded when
-    it is needed and never both.
+    def truth(self, videos, prompts):
+        """The oracle's scores (n, 3) of videos (n, 3, T, H, W)."""
+        return oracle(videos, prompts)
+
+
+def read_shapes(path):
+    """Pixels (3, FRAMES, SIZE, SIZE) in [-1, 1] of a video file of Shapes world: frames taken evenly, pixels
+    averaged down.
     """
-    fps = WAN_FPS
+    frames, _ = read_video(path)
+    frames = frames[np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)]
+    x = to_float(torch.from_numpy(frames)).permute(0, 3, 1, 2)                  # (T, 3, H, W)
+    return F.interpolate(x, (SIZE, SIZE), mode="area").transpose(0, 1)
 
+
+@contextmanager
+def noted(bad, path, line, skip_bad):
+    """Inside, a UserError about the video at path is noted in bad with skip_bad; without, it names the row.
+    """
+    try:
+        yield
+    except UserError as e:
+        if not skip_bad:
+            raise UserError(f"row {line}: {e}; mend it, or leave such pairs out with --skip_bad") from None
+        bad[path] = e
+
+
+def leave_out(pairs, bad):
+    """The pairs without those of the videos in bad {path: why}. UserError where none is left."""
+    good = [i for i, pair in enumerate(pairs.videos) if not bad.keys() & set(pair)]
+    if bad:
+        first = next(iter(bad.values()))
+        print(f"skipped {len(pairs) - len(good)} pairs with {len(bad)} bad videos, such as: {first}")
+    if not good:
+        raise UserError("no pair is left: every one has a video that cannot be used")
+    return pairs.subset(good)
+
+
+WAN_FPS, WAN_TEXT_LEN = 16, 512
+
+
+class Wan:
+    """The autoencoder and UMT5 text encoder of a Wan 2.1 folder or hub repository in diffusers' layout; each
+    is loaded when it is needed and never both. What was encoded lies in a cache, and self.cached knows where.
+    """
+    name, fps, judges = "wan", WAN_FPS, ("wan", "files")
     def __init__(self, path, device="cpu"):
-        self.device, self.loaded_vae = device, None
-        with user_errors():
-            self.folder = fetch(path, ["vae/*", "text_encoder/*", "tokenizer/*"])
-            missing = [name for name in ("vae", "text_encoder", "tokenizer") if not (self.folder / name).is_dir()]
-            if missing:
-                fail(f"{path} holds no {', '.join(missing)}: take a folder or hub repository in diffusers' layout "
-                     "(Wan-AI/Wan2.1-T2V-1.3B-Diffusers, for example)")
-            self.config = read_json(self.folder / "vae" / "config.json")
+        self.device, self.loaded_vae, self.cached = device, None, {}            # {path or prompt: its file}
+        self.folder = fetch(path, ["vae/*", "text_encoder/*", "tokenizer/*"])
+        missing = [name for name in ("vae", "text_encoder", "tokenizer") if not (self.folder / name).is_dir()]
+        if missing:
+            raise UserError(f"{path} holds no {', '.join(missing)}: take a folder or hub repository in "
+                            "diffusers' layout, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+        self.config = read_json(self.folder / "vae" / "config.json")
+
+    def metadata(self):
+        """What the weights trained on this world say of it: nothing."""
+        return {}
+
+    def read(self, args, noise=1.0, labelled=True):
+        """The Pairs of the file args.pairs."""
+        if not args.pairs:
+            raise UserError(f"{args.model} is no toy of Shapes world: --pairs takes a file of pairs, and "
+                            "sample.py --n_per_prompt 4 --reward RUN makes one of its own videos")
+        return read_pairs(args.pairs)
+
+    def prompts(self, split, n=None):
+        raise UserError("--eval and named splits are of Shapes world: for Wan give --prompts FILE "
+                        "--against base --reward RUN")
+
+    def check_prompts(self, prompts):
+        """Wan knows every prompt."""
+
+    def enlarge(self, video):
+        """A video is large enough."""
+        return video
+
+    def truth(self, videos, prompts):
+        """None: nobody knows it."""
+
+    def latents(self, pairs, rows):
+        """x0 (len(rows), 2, C, T, H, W) of A and B, fp32, from the cache."""
+        pair = [torch.stack([load_cached(self.cached[path]) for path in pairs.videos[i]]) for i in rows]
+        return torch.stack(pair).float()
+
+    def text(self, pairs, rows):
+        """Prompt embeddings (len(rows), 512, text_dim), fp32, from the cache."""
+        return pad_text([load_cached(self.cached[pairs.prompts[i]]) for i in rows])
 
     def embed(self, prompts):
         """Text (n, 512, text_dim) fp32 on the CPU, with zeros after the last token as in official Wan."""
@@ -1009,19 +822,19 @@ class WanCodec:
 
     @torch.no_grad()
     def embed_rows(self, prompts, batch=8):
-        """[(S, text_dim)] fp32 on the CPU, S the prompt's own length; prompts are cleaned as diffusers' WanPipeline
-        does. The encoder leaves memory before this returns.
+        """[(S, text_dim)] fp32 on the CPU, S the prompt's own length; prompts are cleaned as diffusers'
+        WanPipeline does. The encoder leaves memory before this returns.
         """
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
         from transformers import AutoTokenizer, UMT5EncoderModel
         self.loaded_vae = None
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
-        encoder = UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", dtype=dtype).to(self.device).eval()
-        rows = []
-        for i in tqdm(range(0, len(prompts), batch), desc="prompts", leave=False):
-            words = tokenizer([prompt_clean(p) for p in prompts[i:i + batch]], padding="max_length", truncation=True,
-                              max_length=WAN_TEXT_LEN, return_tensors="pt").to(self.device)
+        encoder = UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", dtype=dtype)
+        encoder, rows = encoder.to(self.device).eval(), []
+        for i in progress(range(0, len(prompts), batch), "prompts"):
+            words = tokenizer([prompt_clean(p) for p in prompts[i:i + batch]], padding="max_length",
+                              truncation=True, max_length=WAN_TEXT_LEN, return_tensors="pt").to(self.device)
             states = encoder(words.input_ids, words.attention_mask).last_hidden_state.float().cpu()
             rows += [row[:n].clone() for row, n in zip(states, words.attention_mask.sum(1).tolist())]
         del encoder
@@ -1029,7 +842,13 @@ class WanCodec:
         return rows
 
     def latent_shape(self, frames, size):
-        time, space = self.config.get("scale_factor_temporal") or 4, self.config.get("scale_factor_spatial") or 8
+        """(C, T, H, W) of the latents of a video. UserError for frames and sizes that cannot be."""
+        time = self.config.get("scale_factor_temporal") or 4
+        space = self.config.get("scale_factor_spatial") or 8
+        if frames < 1 or frames % time != 1:
+            raise UserError(f"--frames {frames}: Wan's autoencoder takes {time}k + 1 frames, such as 81")
+        if any(x % (2 * space) for x in size):
+            raise UserError(f"--size {size[0]},{size[1]}: give multiples of {2 * space}, such as 480,832")
         return self.config.get("z_dim", 16), (frames - 1) // time + 1, size[0] // space, size[1] // space
 
     def vae(self):
@@ -1043,8 +862,9 @@ class WanCodec:
         return self.loaded_vae
 
     @torch.no_grad()
-    def encode(self, video):
-        """Latents (B, C, T', H', W') of pixels (B, 3, T, H, W) in [-1, 1]: the posterior's mode, normalised."""
+    def encode_video(self, video):
+        """Latents (B, C, T', H', W') of pixels (B, 3, T, H, W) in [-1, 1]: the posterior's mode, normalised.
+        """
         vae, mean, std = self.vae()
         return (vae.encode(video.to(self.device)).latent_dist.mode() - mean) / std
 
@@ -1052,7 +872,61 @@ class WanCodec:
     def decode(self, latents):
         """Videos (n, 3, T, H, W) in [-1, 1] on the CPU, one at a time."""
         vae, mean, std = self.vae()
-        return torch.cat([vae.decode(x[None].to(self.device) * std + mean).sample.clamp(-1, 1).cpu() for x in latents])
+        latents = latents.to(self.device)
+        return torch.cat([vae.decode(x[None] * std + mean).sample.clamp(-1, 1).cpu() for x in latents])
+
+    def encode(self, pairs, args):
+        """The pairs whose videos are good; their latents and texts are in the folder args.cache, in bf16.
+
+        Every distinct video and prompt is encoded once, and what another run left there is used. Each file
+        appears whole or not at all, so an interrupted encode goes on where it stopped. All videos are opened
+        before an encoder is loaded. UserError names a bad one by its row, unless args.skip_bad.
+        """
+        Path(args.cache).mkdir(parents=True, exist_ok=True)
+        bad, lines = {}, {}
+        for line, pair in zip(pairs.lines, pairs.videos):
+            lines |= {path: line for path in pair if path not in lines}
+        prompts = set(pairs.prompts)
+        todo = self.find_cached(lines, bad, args), self.find_cached_text(prompts, args)
+        videos, texts = all_gather(todo)[0]                                     # the same lists for all ranks
+        print(f"{args.cache}: {len(lines) - len(videos)} of {len(lines)} videos and "
+              f"{len(prompts) - len(texts)} of {len(prompts)} prompts are there; encoding the rest")
+        mine = texts[RANK::RANKS]
+        for i in range(0, len(mine), 1024):
+            for prompt, x in zip(mine[i:i + 1024], self.embed_rows(mine[i:i + 1024])):
+                save_cached(x, self.cached[prompt])
+        for path in progress(videos[RANK::RANKS], "videos"):
+            with noted(bad, path, lines[path], args.skip_bad):
+                clip = read_clip(path, args.frames, args.size)
+                save_cached(self.encode_video(clip[None])[0], self.cached[path])
+        self.loaded_vae = None
+        torch.cuda.empty_cache()
+        return leave_out(pairs, {path: e for errors in all_gather(bad) for path, e in errors.items()})
+
+    def find_cached(self, lines, bad, args):
+        """Find the latents of the videos in lines {path: line}; returns the paths whose latents are not
+        there.
+        """
+        vae, todo = fingerprints(self.folder / "vae"), []
+        for path, line in lines.items():
+            with noted(bad, path, line, args.skip_bad):
+                name = fingerprint(path, args.frames, args.size, vae)
+                self.cached[path] = Path(args.cache) / f"video-{name}.safetensors"
+                if not is_cached(self.cached[path]):
+                    clip_frames(path, args.frames)                              # refuses what cannot be used
+                    todo.append(path)
+        return todo
+
+    def find_cached_text(self, prompts, args):
+        """Find the embeddings of the prompts; returns those whose embeddings are not there."""
+        encoder = [fingerprints(self.folder / "text_encoder"), fingerprints(self.folder / "tokenizer")]
+        for prompt in prompts:
+            name = hashlib.sha256(json.dumps([prompt, encoder]).encode()).hexdigest()[:32]
+            self.cached[prompt] = Path(args.cache) / f"text-{name}.safetensors"
+        return sorted(prompt for prompt in prompts if not is_cached(self.cached[prompt]))
+
+
+WanCodec = Wan                                                                # an older name that others call
 
 
 def pad_text(rows):
@@ -1060,23 +934,23 @@ def pad_text(rows):
     return torch.stack([F.pad(row.float(), (0, 0, 0, WAN_TEXT_LEN - len(row))) for row in rows])
 
 
-def clip_frames(path, frames):
-    """Indices (frames,) of the frames of a video file that stand at multiples of 1/16 second.
+def clip_frames(path, frames, fps=WAN_FPS):
+    """Indices (frames,) of the frames of a video file that stand at multiples of 1 / fps second.
 
-    ValueError names a file that is no video or lasts less than (frames - 1) / 16 seconds.
+    UserError names a file that is no video or lasts less than (frames - 1) / fps seconds.
     """
-    count, fps, _, _ = video_info(path)
-    if count / fps < (frames - 1) / WAN_FPS:
-        raise ValueError(f"{path} lasts {count / fps:.2f} s, too short for {frames} frames at {WAN_FPS} per second")
-    return (np.arange(frames) * fps / WAN_FPS).round().astype(int).clip(max=count - 1)
+    count, rate, _, _ = video_info(path)
+    if count / rate < (frames - 1) / fps:
+        raise UserError(f"{path} lasts {count / rate:.2f} s, too short for {frames} frames at {fps} a second")
+    return (np.arange(frames) * rate / fps).round().astype(int).clip(max=count - 1)
 
 
-def read_clip(path, frames, size):
-    """Pixels (3, frames, H, W) in [-1, 1] of a video file: at 16 frames per second, scaled to cover size = (H, W),
-    centre-cropped. ValueError names a file that cannot be used.
+def read_clip(path, frames, size, fps=WAN_FPS):
+    """Pixels (3, frames, H, W) in [-1, 1] of a video file: at fps frames per second, scaled to cover
+    size = (H, W), centre-cropped. UserError names a file that cannot be used.
     """
-    wanted, places = np.unique(clip_frames(path, frames), return_inverse=True)
-    x = torch.from_numpy(read_video(path, wanted)[0][places]).permute(0, 3, 1, 2).float()      # (T, 3, H, W)
+    wanted, places = np.unique(clip_frames(path, frames, fps), return_inverse=True)
+    x = torch.from_numpy(read_video(path, wanted)[0][places]).permute(0, 3, 1, 2).float()       # (T, 3, H, W)
     (h, w), (H, W) = x.shape[2:], size
     scale = max(H / h, W / w)
     h, w = max(H, round(h * scale)), max(W, round(w * scale))
@@ -1084,8 +958,6 @@ def read_clip(path, frames, size):
     top, left = (h - H) // 2, (w - W) // 2
     return to_float(x[:, :, top:top + H, left:left + W]).transpose(0, 1)
 
-
-# ---- the latent cache ----
 
 def load_cached(file):
     """The one tensor of a file of the cache."""
@@ -1095,11 +967,9 @@ def load_cached(file):
 
 def is_cached(file):
     """Whether the file is there and whole: safetensors' header knows how long it must be."""
-    from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(file, "pt"):
-            return True
-    except (SafetensorError, OSError):
+        return bool(read_tensors(file, metadata_only=True))
+    except UserError:
         return False
 
 
@@ -1111,120 +981,488 @@ def save_cached(x, file):
 
 
 def fingerprint(path, *settings):
-    """A name for a file's content under some settings: its size, its first and last 1 MiB, and the settings."""
-    size, edge = os.path.getsize(path), 2**20
-    with open(path, "rb") as file:
-        ends = file.read(edge)
-        file.seek(max(size - edge, 0))
-        ends += file.read()
+    """A name for a file's content under some settings: its size, its first and last 1 MiB, and the settings.
+    UserError names a file that cannot be read.
+    """
+    edge = 2**20
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            ends = file.read(edge)
+            file.seek(max(size - edge, 0))
+            ends += file.read()
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
     return hashlib.sha256(ends + json.dumps([size, *settings]).encode()).hexdigest()[:32]
 
 
-def encode(pairs, codec, cache, frames, size, skip_bad=False):
-    """The pairs with .files in the folder cache: every distinct video and prompt is encoded once, in bf16.
+def fingerprints(folder):
+    """The fingerprints of the files in a folder."""
+    return [fingerprint(file) for file in sorted(folder.iterdir()) if file.is_file()]
 
-    What is there from another run is used; each file appears whole or not at all, so an interrupted encode goes on
-    where it stopped. All videos are opened before the encoder is loaded. A bad one ends in one line that names its
-    row and exit status 2, or with skip_bad its pairs are left out and counted.
+
+# ---- where a model comes from ----
+
+def lineage(path):
+    """[folder of the model at path, of the one that it was aligned from, .., of the pretrained one]: an
+    aligned run names in its config.json the model that it started from. A hub repository stays its name.
     """
-    cache = Path(cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    parts = {part: [fingerprint(file) for file in sorted((codec.folder / part).iterdir()) if file.is_file()]
-             for part in ("vae", "text_encoder", "tokenizer")}
-    bad, videos = {}, {}                                                        # by path: the error; (file, line)
+    folder = find(path)
+    if folder is None:
+        return [path]
+    if not any((folder / name).exists() for name in ("transformer", "lora.safetensors", "config.json")):
+        raise UserError(f"{path} holds no transformer, lora.safetensors or config.json: is the run finished?")
+    args = read_json(folder / "config.json").get("args") if (folder / "config.json").exists() else None
+    if not isinstance(args, dict) or args.get("loss") == "pretrain":
+        return [folder]
+    if not isinstance(args.get("model"), str):
+        raise UserError(f"{folder / 'config.json'} does not say what the run started from")
+    return [folder, *lineage(args["model"])]
 
-    def attempt(path, line, function):
+
+def weights_of(folder):
+    """The file with the weights that a run trained, or a pretrained toy's."""
+    lora = Path(folder) / "lora.safetensors"
+    return lora if lora.exists() else Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors"
+
+
+def weights_metadata(folder):
+    """The metadata of a model's weights; {} of Wan in several files or on the hub."""
+    file = weights_of(folder)
+    return read_tensors(file, metadata_only=True)[1] if file.exists() else {}
+
+
+def world_of(path, device="cpu"):
+    """The world of the model at path, which its pretrained weights tell."""
+    root = lineage(path)[-1]
+    return Shapes() if "world" in weights_metadata(root) else Wan(root, device)
+
+
+# ---- runs: several processes, started by torchrun; alone, all of this changes nothing ----
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_ranks():
+    """Join the other processes, on this one's GPU if there are any; only rank 0 prints."""
+    if RANKS == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
+    atexit.register(dist.destroy_process_group)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
+def progress(items, desc, **settings):
+    """tqdm over items, on rank 0 alone."""
+    return tqdm(items, desc=desc, **{"leave": False, "disable": RANK > 0, **settings})
+
+
+def all_gather(x):
+    """[x of rank 0, x of rank 1, ..], of anything that can be pickled; all ranks wait for each other."""
+    everyone = [x] * RANKS
+    if RANKS > 1:
+        dist.all_gather_object(everyone, x)
+    return everyone
+
+
+def gather_rows(mine):
+    """A list of which each rank made its share, rows[RANK::RANKS], put together in order."""
+    shares = all_gather(mine)
+    rows = [None] * sum(map(len, shares))
+    for rank, share in enumerate(shares):
+        rows[rank::RANKS] = share
+    return rows
+
+
+def on_rank_0(function):
+    """The function, called by rank 0 alone; the others wait for it and return what it returned there."""
+    @wraps(function)
+    def call(*args, **kwargs):
+        return all_gather(None if RANK else function(*args, **kwargs))[0]
+    return call
+
+
+def add_gradients(parameters):
+    """Give every rank the sum of all ranks' gradients: once a step, so that micro-batches cost no messages.
+    """
+    if RANKS > 1:
+        sums = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
+        for s in sums:
+            s.wait()
+
+
+def micro_batches(n, accumulate):
+    """This rank's share of the n places of a step, in the micro-batches that go through the model in turn."""
+    return torch.arange(n)[RANK::RANKS].split(-(-n // accumulate))
+
+
+# ---- runs: randomness ----
+
+def rng(*key):
+    """A torch.Generator that is a function of its key, such as ("noise", seed, step, sample)."""
+    key = [zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
+
+
+def draw_noise(shape, seed, step, samples, logit_normal=False):
+    """t (B,) and eps (B, *shape) for the samples with these indices: t uniform in [0, 1), or logit-normal,
+    eps normal.
+
+    A function of (seed, step, sample) alone, so that resuming, splitting a batch and several ranks agree by
+    construction.
+    """
+    draws = [rng("noise", seed, step, i) for i in samples]
+    if logit_normal:
+        t = torch.stack([torch.randn((), generator=g) for g in draws]).sigmoid()
+    else:
+        t = torch.stack([torch.rand((), generator=g) for g in draws])
+    return t, torch.stack([torch.randn(shape, generator=g) for g in draws])
+
+
+def step_rows(n, batch, seed, step):
+    """The rows (batch,) of an optimizer step: each epoch is a fresh permutation of n, a function of
+    (seed, epoch).
+    """
+    places = torch.arange(step * batch, (step + 1) * batch)
+    orders = {e: torch.randperm(n, generator=rng("order", seed, e)) for e in (places // n).unique().tolist()}
+    return torch.stack([orders[p // n][p % n] for p in places.tolist()])
+
+
+def learning_rate_scale(step, steps, warmup, decay=0.0):
+    """The share of the peak learning rate at a step: a linear rise over the first warmup steps, a linear fall
+    to 0 over the last share decay of them all.
+    """
+    rise = (step + 1) / max(warmup, 1)
+    fall = (steps - step) / (decay * steps) if decay else 1
+    return min(1, rise, fall)
+
+
+# ---- runs: arguments ----
+
+class Count(int):
+    """A flag that counts something: a whole number above 0."""
+
+    def __new__(cls, text):
+        if not re.fullmatch(r"\d+", str(text)) or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+        return super().__new__(cls, text)
+
+
+class Seed(int):
+    """A seed: 0 or a whole number above it."""
+
+    def __new__(cls, text):
+        if not re.fullmatch(r"\d+", str(text)):
+            raise argparse.ArgumentTypeError(f"{text} is not 0 or a whole number above it")
+        return super().__new__(cls, text)
+
+
+class Size(tuple):
+    """Height and width in pixels, such as 480,832."""
+
+    def __new__(cls, text):
+        if not re.fullmatch(r"[1-9]\d*,[1-9]\d*", text):
+            raise argparse.ArgumentTypeError(f"{text} is not height,width in pixels, such as 480,832")
+        return super().__new__(cls, map(int, text.split(",")))
+
+
+class Weights(tuple):
+    """The weights of VQ, MQ, TA, not all 0, such as 0.5,0.5,0."""
+
+    def __new__(cls, text):
         try:
-            return function()
-        except ValueError as e:
-            if not skip_bad:
-                fail(f"row {line}: {e}; mend it, or leave such pairs out with --skip_bad")
-            bad[path] = e
+            numbers = [float(x) for x in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != len(DIMS) or not any(numbers):
+            raise argparse.ArgumentTypeError(f"{text} is not 3 numbers, not all 0, for {', '.join(DIMS)}; "
+                                             "such as 0.5,0.5,0")
+        return super().__new__(cls, numbers)
 
-    for line, pair in zip(pairs.lines, pairs.paths):
-        for path in pair:
-            if path not in videos and path not in bad:
-                name = attempt(path, line, lambda: fingerprint(path, frames, size, parts["vae"]))
-                videos[path] = cache / f"video-{name}.safetensors", line
-    todo = {path: x for path, x in videos.items() if not is_cached(x[0])}
-    for path, (_, line) in todo.items():
-        attempt(path, line, lambda: clip_frames(path, frames))
-    names = [parts["text_encoder"], parts["tokenizer"]]
-    texts = {p: cache / f"text-{hashlib.sha256(json.dumps([p, names]).encode()).hexdigest()[:32]}.safetensors"
-             for p in dict.fromkeys(pairs.prompts)}
-    todo_text = [p for p, file in texts.items() if not is_cached(file)]
-    todo, todo_text = gather((todo, todo_text))[0]                              # the same list for all ranks
-    print(f"{cache}: {len(videos) - len(todo)} of {len(videos)} videos and {len(texts) - len(todo_text)} of "
-          f"{len(texts)} prompts are there; encoding the rest")
-    mine = todo_text[RANK::WORLD]
-    for i in range(0, len(mine), 1024):
-        for p, x in zip(mine[i:i + 1024], codec.embed_rows(mine[i:i + 1024])):
-            save_cached(x, texts[p])
-    for path, (file, line) in tqdm(list(todo.items())[RANK::WORLD], desc="videos"):
-        if path not in bad:
-            clip = attempt(path, line, lambda: read_clip(path, frames, size))
-            if clip is not None:
-                save_cached(codec.encode(clip[None])[0], file)
-    codec.loaded_vae = None
-    torch.cuda.empty_cache()
-    bad = {path: e for errors in gather(bad) for path, e in errors.items()}
-    good = [i for i, pair in enumerate(pairs.paths) if not bad.keys() & set(pair)]
-    if bad:
-        first = next(iter(bad.values()))
-        print(f"skipped {len(pairs.paths) - len(good)} pairs with {len(bad)} bad videos, such as: {first}")
-    if not good:
-        fail("no pair is left: every one has a video that cannot be used")
-    pairs = pairs.subset(good)
-    pairs.files = [(videos[a][0], videos[b][0], texts[p]) for (a, b), p in zip(pairs.paths, pairs.prompts)]
-    return pairs
+
+def parse_args(cls, doc, argv=None):
+    """An instance of the dataclass cls from the command line. Annotations give the types, trailing comments
+    the help.
+
+    Literal is a choice, bool makes --flag and --no-flag, list takes several words, `X | None` is left to the
+    recipe. UserError names a wrong flag or value.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, exit_on_error=False)
+    hints = typing.get_type_hints(cls)
+    notes = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.M))
+    for f in fields(cls):
+        kind = hints[f.name]
+        if type(None) in typing.get_args(kind):
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        note = notes.get(f.name, "").replace("%", "%%")
+        options = dict(default=f.default, help=note)
+        if f.default not in (None, (), ""):
+            options["help"] += f" [{f.default}]"
+        if typing.get_origin(kind) is typing.Literal:
+            options |= dict(choices=typing.get_args(kind))
+        elif kind is bool:
+            options |= dict(action=argparse.BooleanOptionalAction)
+        elif kind is list:
+            options |= dict(nargs="+", metavar=f.name.upper())
+        else:
+            options |= dict(type=kind, metavar=kind.__name__.upper())
+        parser.add_argument(f"--{f.name}", **options)
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise UserError(f"{e} (--help lists every flag)") from None
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(cls)], 1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise UserError(f"unknown argument {unknown[0]}{hint} (--help lists every flag)")
+    return cls(**vars(args))
+
+
+def fill(args, recipe):
+    """Set the flags of args that were left to the recipe {name: value}."""
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def launch(main, cls, doc, argv=None):
+    """Run main with the arguments of the command line. What the user can mend, and a file or disk that fails,
+    ends in one line and exit status 2.
+    """
+    try:
+        return main(parse_args(cls, doc, argv))
+    except (UserError, OSError) as e:
+        print("error:", *str(e).splitlines(), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def command(args):
+    """The command line that makes these arguments again."""
+    words = ["python", Path(inspect.getfile(type(args))).name]
+    for name, value in vars(args).items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value not in (None, (), ""):
+            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
+def check_out(out, *models):
+    """Refuse an --out that cannot become a folder, or that is one of these models or what it started from."""
+    parent = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        why = "read-only" if parent.is_dir() else "a file"
+        raise UserError(f"--out {out} cannot be written ({parent} is {why}): name another folder")
+    for folder in [folder for model in models for folder in lineage(model)]:
+        if Path(out).resolve() == Path(folder).resolve():
+            raise UserError(f"--out {out} is the model itself or what it started from: name another folder")
+
+
+# ---- runs: folder, log, states ----
+
+def write_json(path, value):
+    """Write value as JSON, to a temporary name and then renamed."""
+    Path(f"{path}.tmp").write_text(json.dumps(value, indent=1))
+    os.replace(f"{path}.tmp", path)
+
+
+def write_log(folder, events):
+    """Write a run's log.jsonl, an event a line, to a temporary name and then renamed."""
+    (folder / "log.tmp").write_text("".join(json.dumps(event) + "\n" for event in events))
+    os.replace(folder / "log.tmp", folder / "log.jsonl")
+
+
+def read_log(folder):
+    """The events in a run's log.jsonl; a last line without an end is left out."""
+    file = Path(folder) / "log.jsonl"
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+
+def content_hash(path):
+    """The first 16 digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@on_rank_0
+def make_folder(args, device):
+    """Make the folder args.out and its config.json; returns whether an earlier run there is to go on.
+
+    With args.resume it must have had the same arguments; else it is renamed and kept.
+    """
+    folder = Path(args.out)
+    if getattr(args, "resume", False) and (folder / "config.json").exists():
+        own = (read_json(folder / "config.json").get("args") or {}) | {"resume": True}
+        now = json.loads(json.dumps(vars(args)))
+        other = [f"--{k} was {own.get(k)}, not {v}" for k, v in now.items() if own.get(k) != v]
+        if other:
+            raise UserError(f"--resume: {folder} was made by another command ({'; '.join(other[:3])}): give "
+                            "the same arguments")
+        return True
+    try:
+        if (folder / "config.json").exists():
+            n = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
+            folder.rename(f"{folder}.{n}")
+            print(f"{folder} held an earlier run: it is now {folder}.{n}")
+        folder.mkdir(parents=True, exist_ok=True)
+        git = shutil.which("git") and subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"],
+                                                     capture_output=True, text=True)
+        write_json(folder / "config.json", {
+            "command": command(args), "args": vars(args), "commit": git.stdout.strip() if git else "",
+            "world": world_hash(), "torch": torch.__version__, "python": sys.version.split()[0],
+            "device": str(device), "threads": torch.get_num_threads()})
+    except OSError as e:
+        raise UserError(f"--out {args.out} cannot be written ({e.strerror}): name another") from None
+    return False
+
+
+class Run:
+    """A run's folder and its step clock.
+
+    folder: where it is. events: what its log.jsonl holds. seen: what `see` was told of each step since the
+    last log, a list of (B, columns), in the order of the step's rows; names: the columns. bar: its progress
+    bar.
+    """
+
+    def __init__(self, args, device="cpu"):
+        self.folder, self.args = Path(args.out), args
+        self.going_on = make_folder(args, device)
+        self.events, self.seen, self.now, self.names, self.started = [], [], [], (), time.time()
+
+    def steps(self, total, **state):
+        """The numbers of the steps that are left to do. Between them the state {name: module, optimizer, list
+        or None} is saved, every args.save_every steps and when Ctrl-C asks to stop.
+        """
+        self.state, first = state | {"seen": self.seen}, 0
+        if self.going_on:
+            first = self.load()
+        asked, before = threading.Event(), signal.getsignal(signal.SIGINT)
+
+        def ask(*_):
+            asked.set()
+            signal.signal(signal.SIGINT, before)
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        signal.signal(signal.SIGINT, ask)
+        try:
+            self.bar = progress(range(first, total), self.folder.name, initial=first, total=total, leave=True)
+            for self.step in self.bar:
+                yield self.step
+                done, stop = self.step + 1, any(all_gather(asked.is_set()))     # it reaches each rank in time
+                if done < total and (stop or done % self.args.save_every == 0):
+                    self.save(done)
+                if done < total and stop:
+                    self.bar.close()
+                    raise UserError(f"stopped after step {done}: the same command with --resume goes on")
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def see(self, **columns):
+        """Keep values of this step's micro-batch, each (b,), one a sample."""
+        self.names = tuple(columns)
+        self.now.append(torch.stack(list(columns.values()), dim=1).detach())
+
+    def check(self, rows, grad_norm, **facts):
+        """Put together what all ranks saw of this step. If it or the gradient is not finite, stop before a
+        weight moves, and write the facts, with the rows' names, to broken.json.
+        """
+        values = torch.tensor(gather_rows(torch.cat(self.now).tolist()))
+        self.now = []
+        if values.isfinite().all() and grad_norm.isfinite():
+            self.seen.append(values)
+            return
+        self.save(self.step)
+        facts = {"step": self.step + 1, "grad_norm": grad_norm.item(), "rows": rows,
+                 **dict(zip(self.names, values.T.tolist())), **facts}
+        file, facts = self.folder / "broken.json", json.loads(json.dumps(facts), parse_constant=str)
+        on_rank_0(write_json)(file, facts)                                   # JSON has no nan: they are words
+        self.bar.close()
+        raise UserError(f"step {facts['step']}: loss or gradient is not finite; {file} has its rows, t and "
+                        "losses, and --resume repeats it: look at those, or start again with a lower --lr")
+
+    def log(self, **event):
+        """Add an event of this step to log.jsonl, and forget what was seen."""
+        self.events.append({"time": round(time.time(), 1), "step": self.step + 1, **event})
+        self.seen.clear()
+        on_rank_0(write_log)(self.folder, self.events)
+
+    def seconds(self):
+        """How long this process has been at it."""
+        return time.time() - self.started
+
+    def save(self, step):
+        """Write what training needs to go on after step; the last two states are kept."""
+        on_rank_0(save_state)(self.folder, step, self.state)
+
+    def load(self):
+        """Bring the state to the newest whole one, and the log back to it; returns its step, 0 if there is
+        none.
+        """
+        step = load_state(self.folder, self.state)
+        self.events = [event for event in read_log(self.folder) if event["step"] <= step]
+        on_rank_0(write_log)(self.folder, self.events)
+        return step
+
+
+def save_state(folder, step, state):
+    """Write a state to folder/state-<step>-<hash>.pt: of a module its trained parameters. The file gets its
+    name, with the hash of its content in it, when it is complete.
+    """
+    saved = {"step": step}
+    for name, value in state.items():
+        if isinstance(value, torch.nn.Module):
+            saved[name] = {k: p.data for k, p in value.named_parameters() if p.requires_grad}
+        elif value is not None:
+            saved[name] = value if isinstance(value, list) else value.state_dict()
+    try:
+        torch.save(saved, folder / "state.tmp")
+    except RuntimeError as e:                                                  # torch's answer to a full disk
+        raise OSError(f"{folder / 'state.tmp'} cannot be written: {e}") from None
+    os.replace(folder / "state.tmp", folder / f"state-{step:07}-{content_hash(folder / 'state.tmp')}.pt")
+    for old in sorted(folder.glob("state-*-*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_state(folder, state):
+    """Bring state to the newest whole one in folder; returns its step, 0 if there is none."""
+    for file in sorted(folder.glob("state-*-*.pt"), reverse=True):
+        if content_hash(file) != file.stem.split("-")[2]:
+            print(f"{file} is damaged: going back to the one before it")
+            continue
+        saved = torch.load(file, weights_only=True, map_location="cpu")
+        for name, value in state.items():
+            if isinstance(value, list):
+                value[:] = saved[name]
+            elif isinstance(value, torch.nn.Module):
+                value.load_state_dict(saved[name], strict=False)                # what is frozen is not in it
+            elif value is not None:
+                value.load_state_dict(saved[name])
+        print(f"going on after step {saved['step']} of {file}")
+        return saved["step"]
+    print(f"{folder} holds no whole state: starting at step 0")
+    return 0
 
 
 # ---- the script ----
 
-@dataclass
-class Args:
-    """`python data.py encode`: fill the latent cache that train_align.py and train_reward.py read."""
-    model: str                              # Wan 2.1 folder or hub repository in diffusers' layout
-    pairs: str                              # CSV or JSONL of preference pairs
-    frames: int = 81                        # of each video, at 16 per second; 4k + 1
-    size: tuple = (480, 832)                # height and width, multiples of 16
-    cache: str = "runs/cache"               # folder of the latents
-    skip_bad: bool = False                  # leave out pairs whose videos cannot be used
-
-
-def check_clip_args(args):
-    """Refuse --frames and --size that Wan's autoencoder and patches do not divide."""
-    if args.frames < 1 or args.frames % 4 != 1:
-        fail(f"--frames {args.frames}: Wan's autoencoder takes 4k + 1 frames, such as 81, 33 or 1")
-    if len(args.size) != 2 or any(x <= 0 or x % 16 for x in args.size):
-        fail(f"--size {','.join(map(str, args.size))}: give height and width, multiples of 16, such as 480,832")
-
-
-def fill_cache(args):
-    """Encode all that a pairs file names."""
-    start_ranks()
-    check_clip_args(args)
-    check_out(args.cache)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encode(read_pairs(args.pairs), WanCodec(args.model, device), args.cache, args.frames, args.size, args.skip_bad)
-
-
 def shapes_sheet(path):
     """Draw the twelve renderers, and the same prompts without flaws, with their oracle scores."""
-    prompts = PROMPTS[::6]                                                      # 12 of them, one for each renderer
-    bad = render_as(torch.arange(len(RENDERERS)), prompts, rng(0)).float()
-    good = clean_videos(prompts)
-    cells = [(RENDERERS, bad, oracle(bad, prompts)), (["flawless"] * len(prompts), good, oracle(good, prompts))]
-    contact_sheet(path, list(zip(*[[(f"{name}: {prompt}  {caption_of(score)}", video)
-                                    for name, prompt, video, score in zip(names, prompts, videos, scores)]
-                                   for names, videos, scores in cells])))
+    prompts = PROMPTS[::6]                                                 # 12 of them, one for each renderer
+    bad, good = render_as(torch.arange(len(RENDERERS)), prompts, rng(0)).float(), clean_videos(prompts)
+    rows = []
+    for i, (name, prompt) in enumerate(zip(RENDERERS, prompts)):
+        rows.append([(f"{who}: {prompt}  {caption_of(oracle(videos[i:i + 1], [prompt])[0])}", videos[i])
+                     for who, videos in ((name, bad), ("flawless", good))])
+    contact_sheet(path, rows)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["encode"]:
-        launch(fill_cache, Args, Args.__doc__, sys.argv[2:])
-    elif sys.argv[1:]:
-        fail(f"unknown argument {sys.argv[1]}: python data.py draws shapes.png, python data.py encode fills the cache")
-    else:
-        shapes_sheet("shapes.png")
-        print("wrote shapes.png: the twelve renderers, and the same prompts without flaws, with their oracle scores")
+    if sys.argv[1:]:
+        raise SystemExit("error: python data.py takes no arguments: it draws shapes.png")
+    shapes_sheet("shapes.png")
+    print("wrote shapes.png: twelve renderers and the same prompts without flaws, with their oracle scores")

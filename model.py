@@ -4,14 +4,15 @@
 
 VideoDiT predicts the velocity v = eps - x0 from xt = (1 - t) x0 + t eps (t = 0 is data, t = 1 is noise;
 losses.py). Modules carry the official Wan names (`blocks.0.self_attn.q`, ...), so official weights load
-without renaming; the toy is a small Config of the same classes. Only torch is needed; safetensors is imported
-where a file is read or written.
+without renaming; the toy is a small Config of the same classes. Only torch is needed; safetensors and
+huggingface_hub are imported where a file is read or fetched.
 """
 import json
 import math
 import os
+import re
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -36,41 +37,17 @@ class Config:
     num_layers: int = 30
     eps: float = 1e-6               # of every norm
 
-    @classmethod
-    def from_dict(cls, raw):
-        """The Config in a config.json of diffusers or of official Wan; ValueError for another architecture."""
-        count = lambda x: isinstance(x, int) and 0 < x < 2**20
-        if "attention_head_dim" in raw:                                         # diffusers' keys
-            raw = raw | {ours: raw.get(theirs) for ours, theirs in DIFFUSERS_CONFIG.items()}
-            both = raw["num_heads"], raw["attention_head_dim"]
-            raw["dim"] = both[0] * both[1] if all(map(count, both)) else None
-        config = cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
-        kinds = {"patch_size": lambda x: isinstance(x, (list, tuple)) and len(x) == 3 and all(map(count, x)),
-                 "eps": lambda x: isinstance(x, float) and x > 0}
-        for f in fields(cls):
-            if not kinds.get(f.name, count)(getattr(config, f.name)):
-                raise ValueError(f"{f.name} = {getattr(config, f.name)} in config.json makes no model")
-        allowed = {"_class_name": ("WanModel", "WanTransformer3DModel"), "model_type": ("t2v",), "image_dim": (None,),
-                   "out_channels": (None, config.in_dim), "out_dim": (None, config.in_dim)}
-        for key, values in allowed.items():
-            if raw.get(key, values[0]) not in values:
-                raise ValueError(f"only Wan 2.1 text-to-video models are supported, not {key} = {raw[key]}")
-        return replace(config, patch_size=tuple(config.patch_size))
-
     def to_diffusers(self):
         """The config.json of diffusers' WanTransformer3DModel."""
         own = {theirs: getattr(self, ours) for ours, theirs in DIFFUSERS_CONFIG.items()}
-        return {"_class_name": "WanTransformer3DModel", **own, "attention_head_dim": self.dim // self.num_heads,
-                "out_channels": self.in_dim, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
-
-
-DIFFUSERS_CONFIG = {"in_dim": "in_channels", "num_heads": "num_attention_heads"} | {
-    name: name for name in ("patch_size", "ffn_dim", "freq_dim", "text_dim", "num_layers", "eps")}
+        return {"_class_name": "WanTransformer3DModel", **own, "out_channels": self.in_dim,
+                "attention_head_dim": self.dim // self.num_heads, "cross_attn_norm": True,
+                "qk_norm": "rms_norm_across_heads"}
 
 
 PRESETS = {
-    "toy": Config(patch_size=(2, 4, 4), in_dim=3, dim=160, ffn_dim=320, freq_dim=128, text_dim=32, num_heads=5,
-                  num_layers=6),
+    "toy": Config(patch_size=(2, 4, 4), in_dim=3, dim=160, ffn_dim=320, freq_dim=128, text_dim=32,
+                  num_heads=5, num_layers=6),
     "wan-1.3b": Config(),
     "wan-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }
@@ -109,7 +86,7 @@ def rotary(grid, head_dim, device):
 
 def rotate(x, cos, sin):
     """x (B, L, heads, head_dim) with each neighbouring pair of channels turned by its angle; dtype of x."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                           # (B, L, heads, head_dim / 2) each
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                      # (B, L, heads, head_dim / 2) each
     cos, sin = cos[:, None], sin[:, None]
     turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)
     return torch.stack(turned, dim=-1).flatten(-2).type_as(x)
@@ -126,8 +103,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm computed in fp32 whatever the dtype of x. On a CPU F.rms_norm takes up to twice as long, forward and
-    backward, so it is written as a norm and two products.
+    """RMS norm computed in fp32 whatever the dtype of x. On a CPU F.rms_norm takes up to twice as long,
+    forward and backward, so it is written as a norm and two products.
     """
 
     def forward(self, x):
@@ -146,14 +123,16 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)  # over all heads, as Wan
 
     def forward(self, x, context=None, rope=None):
-        """(B, L, D) from x (B, L, D) and, across, context (B, S, D). As in Wan, zero-padded text is not masked."""
+        """(B, L, D) from x (B, L, D) and, across, context (B, S, D). As in Wan, zero-padded text is not
+        masked.
+        """
         context = x if context is None else context
         heads = lambda y: y.unflatten(2, (self.num_heads, -1))                   # (B, L, heads, head_dim)
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
         q, k, v = heads(q.type_as(v)), heads(k.type_as(v)), heads(v)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                         # views: what was rotated is contiguous
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))               # views: what was rotated is contiguous
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -175,7 +154,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.self_attn = Attention(c.dim, c.num_heads, c.eps)
-        self.norm3 = LayerNorm(c.dim, c.eps)                                     # Wan's number for the text's norm
+        self.norm3 = LayerNorm(c.dim, c.eps)                                # Wan's number for the text's norm
         self.cross_attn = Attention(c.dim, c.num_heads, c.eps)
         self.norm2 = LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.ffn = mlp(c.dim, c.ffn_dim, c.dim, nn.GELU(approximate="tanh"))
@@ -218,7 +197,9 @@ FP32_ISLANDS = ("norm", "modulation", "time_", "head.")
 
 
 class VideoDiT(nn.Module):
-    """Wan 2.1's text-to-video transformer: the velocity v of a noisy latent video xt at time t, given a prompt."""
+    """Wan 2.1's text-to-video transformer: the velocity v of a noisy latent video xt at time t, given a
+    prompt.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -232,7 +213,9 @@ class VideoDiT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Xavier for linear maps, small normals for text and time embeddings, a zero head: first it says v = 0."""
+        """Xavier for linear maps, small normals for text and time embeddings, a zero head: first it says v =
+        0.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -247,8 +230,8 @@ class VideoDiT(nn.Module):
         """Velocity like xt (B, C, T, H, W), from t (B,) in [0, 1] and text (B, S, text_dim).
 
         With depth=k, the hidden states (B, L, D) after the first k blocks instead. T, H and W must be
-        multiples of the patch. A model whose linear maps are 16 bit computes in 16 bit autocast; in one of fp32 the
-        caller decides.
+        multiples of the patch. A model whose linear maps are 16 bit computes in 16 bit autocast; in one of
+        fp32 the caller decides.
         """
         dtype = self.patch_embedding.weight.dtype
         with torch.autocast(xt.device.type, dtype) if dtype != torch.float32 else nullcontext():
@@ -272,33 +255,25 @@ class VideoDiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=None):
-        """The model in a folder or hub repository, in diffusers' layout (or its transformer/) or official Wan's.
+        """The model in a folder or hub repository, in diffusers' layout (or its transformer/) or official
+        Wan's.
 
         dtype None keeps the file's own; else it is that of the linear maps, and the FP32_ISLANDS are fp32.
-        Tensors are mapped from the file and assigned, so there is never a second copy. ValueError names
+        Tensors are mapped from the file and assigned, so there is never a second copy. UserError names
         missing, unexpected and misshapen weights, and an architecture other than text-to-video.
         """
-        folder = Path(path)
-        if not folder.exists():
-            from huggingface_hub import snapshot_download
-            wanted = ["config.json", "diffusion_pytorch_model*", "transformer/*"]
-            try:
-                folder = Path(snapshot_download(str(path), allow_patterns=wanted))
-            except (OSError, ValueError) as e:
-                raise ValueError(f"{path} is no folder here and cannot be had from the hub: {e}") from None
+        folder = fetch(path, ["config.json", "diffusion_pytorch_model*", "transformer/*"])
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
         files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
         if not files or not (folder / "config.json").exists():
-            raise ValueError(f"{path} holds no config.json with diffusion_pytorch_model*.safetensors")
-        try:
-            with torch.device("meta"):
-                model = cls(Config.from_dict(json.loads((folder / "config.json").read_text())))
-        except ValueError as e:
-            raise ValueError(f"{folder / 'config.json'}: {e}") from None
+            raise UserError(f"{path} holds no config.json with diffusion_pytorch_model*.safetensors")
+        config = read_config(folder / "config.json")
+        with torch.device("meta"):
+            model = cls(config)
         tensors = {to_official(k): v for file in files for k, v in read_tensors(file)[0].items()}
         if dtype is not None:
-            fp32 = lambda name: any(part in name for part in FP32_ISLANDS)
-            tensors = {k: v.to(torch.float32 if fp32(k) else dtype) for k, v in tensors.items()}
+            fp32 = {k for k in tensors if any(part in k for part in FP32_ISLANDS)}
+            tensors = {k: v.to(torch.float32 if k in fp32 else dtype) for k, v in tensors.items()}
         load_strict(model, tensors, folder)
         return model
 
@@ -318,8 +293,9 @@ class VideoDiT(nn.Module):
 # ---- LoRA (Hu et al. 2021, arXiv:2106.09685) ----
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus (alpha / rank) B A; A and B are fp32 and B starts at zero. A is drawn from generator, on
-    the CPU, so that it is the same on every device.
+    """A frozen linear layer plus (alpha / rank) B A; A and B are fp32 and B starts at zero.
+
+    A is drawn from generator on the CPU, so that it is the same on every device.
     """
 
     def __init__(self, linear, rank, alpha, generator=None):
@@ -338,8 +314,8 @@ class LoRALinear(nn.Module):
 
 
 def merge_lora(model):
-    """Fold the adapters into the weights that they adapt, rounded to these weights' dtype; returns the model, now
-    without any.
+    """Fold the adapters into the weights that they adapt, rounded to their dtype; returns the model without
+    any.
     """
     for name, m in list(model.named_modules()):
         if isinstance(m, LoRALinear):
@@ -352,10 +328,10 @@ def merge_lora(model):
 
 
 def add_lora(model, rank, alpha, targets=("q", "k", "v", "o"), seed=0):
-    """Freeze the model and put adapters on the linear layers of its blocks with these names; returns the model.
+    """Freeze the model, put adapters on the linear layers of its blocks with these names; returns the model.
 
-    They start as a function of the seed alone: the global generator is left as it is. A model without `blocks`, such as a
-    language model, is searched as a whole.
+    They start as a function of the seed: the global generator is left as it is. A model without `blocks`,
+    such as a language model, is searched as a whole.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -396,8 +372,8 @@ def save_lora(model, path, metadata=None):
 def load_lora(model, path):
     """Add the adapters of a file, in save_lora's format or under diffusers' names; returns the model.
 
-    alpha stands in the header (diffusers) or in `<layer>.alpha` (others). ValueError names a tensor that has no place
-    in the model: an adapter that loads in part is worse than one that doesn't.
+    alpha stands in the header (diffusers) or in `<layer>.alpha` (others). UserError names a tensor that has
+    no place in the model: an adapter that loads in part is worse than one that doesn't.
     """
     tensors, metadata = read_tensors(path)
     alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("transformer.lora_alpha")
@@ -407,27 +383,33 @@ def load_lora(model, path):
     for layer in layers:
         name = to_official(layer.removeprefix("diffusion_model.").removeprefix("transformer."))
         A, B = (tensors.get(f"{layer}.lora_{x}.weight") for x in "AB")
-        if A is None or B is None or name not in linears or linears[name].weight.shape != (len(B), A.shape[1]):
-            raise ValueError(f"{path}: {layer} is not a pair lora_A, lora_B for a linear layer of this model")
+        shape = None if A is None or B is None else (len(B), A.shape[1])
+        if name not in linears or linears[name].weight.shape != shape:
+            raise UserError(f"{path}: {layer} is not a pair lora_A, lora_B for a linear layer of this model")
         adapter = LoRALinear(linears[name], len(A), float(tensors.get(f"{layer}.alpha", alpha or len(A))))
         with torch.no_grad():
             adapter.lora_A.copy_(A)
             adapter.lora_B.copy_(B)
         model.set_submodule(name, adapter)
     if not layers:
-        raise ValueError(f"{path} holds no adapters")
+        raise UserError(f"{path} holds no adapters")
     return model
 
 
-# ---- weights ----
+# ---- foreign names ----
 
+DIFFUSERS_CONFIG = {                                                   # our names and diffusers' of the sizes
+    "patch_size": "patch_size", "in_dim": "in_channels", "ffn_dim": "ffn_dim", "freq_dim": "freq_dim",
+    "text_dim": "text_dim", "num_heads": "num_attention_heads", "num_layers": "num_layers", "eps": "eps",
+}
 # Official Wan names and diffusers' names of modules, inside a block and outside; used both ways.
 BLOCK_NAMES = {
     "self_attn.q": "attn1.to_q", "self_attn.k": "attn1.to_k", "self_attn.v": "attn1.to_v",
     "self_attn.o": "attn1.to_out.0", "self_attn.norm_q": "attn1.norm_q", "self_attn.norm_k": "attn1.norm_k",
     "cross_attn.q": "attn2.to_q", "cross_attn.k": "attn2.to_k", "cross_attn.v": "attn2.to_v",
-    "cross_attn.o": "attn2.to_out.0", "cross_attn.norm_q": "attn2.norm_q", "cross_attn.norm_k": "attn2.norm_k",
-    "norm3": "norm2",                                                           # the text's norm has another number
+    "cross_attn.o": "attn2.to_out.0",
+    "cross_attn.norm_q": "attn2.norm_q", "cross_attn.norm_k": "attn2.norm_k",
+    "norm3": "norm2",                                                     # the text's norm has another number
     "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "modulation": "scale_shift_table",
 }
 OUTER_NAMES = {
@@ -460,27 +442,106 @@ def to_official(key):
     return rename(key, {v: k for k, v in OUTER_NAMES.items()}, {v: k for k, v in BLOCK_NAMES.items()})
 
 
-def whole(x):
+# ---- files ----
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(ValueError):
+    """A fault that the user can mend: data.launch prints its one line and leaves with exit status 2."""
+
+
+def find(path):
+    """The folder at path, as given or beside this file, so that `assets/base` works from anywhere; None where
+    it can only be a hub repository. UserError where it can't be one either.
+    """
+    for folder in (Path(path), HERE / path):
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise UserError(f"{path} is a file: a folder is needed")
+    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).startswith("runs/")
+    if not of_hub or Path(path).parent.is_dir():
+        raise UserError(f"{path} does not exist: name a run folder, a model's folder or a hub repository")
+    return None
+
+
+def fetch(path, wanted):
+    """The folder at path, see find, or the wanted files of the hub repository of that name."""
+    folder = find(path)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
+    except (OSError, ValueError) as e:
+        why = str(e).splitlines()[0]
+        raise UserError(f"{path} does not exist here and cannot be had from the hub: {why}") from None
+
+
+def read_json(path):
+    """The object in a JSON file. UserError names a file that holds none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} cannot be read as JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def read_config(source):
+    """The Config in a config.json of diffusers or of official Wan, a path or its dictionary. UserError for
+    another architecture.
+    """
+    path, raw = ("the file", source) if isinstance(source, dict) else (source, read_json(source))
+    if "attention_head_dim" in raw:                                             # diffusers' keys
+        raw = raw | {ours: raw.get(theirs) for ours, theirs in DIFFUSERS_CONFIG.items()}
+        raw["dim"] = raw["num_heads"] * raw["attention_head_dim"] if is_size(raw["num_heads"]) else None
+    sizes = {name: raw.get(name, default) for name, default in vars(Config()).items()}
+    for name, value in sizes.items():
+        if name == "patch_size":
+            valid = isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_size, value))
+        else:
+            valid = isinstance(value, float) and value > 0 if name == "eps" else is_size(value)
+        if not valid:
+            raise UserError(f"{path}: {name} = {value} is not a valid size")
+    channels = None, sizes["in_dim"]
+    allowed = {"_class_name": ("WanModel", "WanTransformer3DModel"), "model_type": ("t2v",),
+               "image_dim": (None,), "out_channels": channels, "out_dim": channels}
+    for key, values in allowed.items():
+        if raw.get(key, values[0]) not in values:
+            raise UserError(f"{path}: only Wan 2.1's text-to-video is supported, not {key} = {raw[key]}")
+    return Config(**sizes | {"patch_size": tuple(sizes["patch_size"])})
+
+
+def is_size(x):
+    """Whether x is a whole number that a layer can have as its size."""
+    return isinstance(x, int) and 0 < x < 2**20
+
+
+def unshard(x):
     """The tensor x put together from the shards of all processes, where it has any."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def save_tensors(tensors, path, metadata=None):
-    """Write tensors as safetensors, to a temporary name and then renamed: no reader meets half a file. The same
-    tensors and metadata give the same bytes.
+    """Write tensors as safetensors, to a temporary name and then renamed: no reader meets half a file. The
+    same tensors and metadata give the same bytes.
 
-    Of several processes only the first writes; where tensors are sharded all must call this, to put them together.
+    Of several processes only the first writes; where tensors are sharded all must call this, to put them
+    together.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    tensors = {k: whole(v).detach().cpu().contiguous() for k, v in tensors.items()}
+    tensors = {k: unshard(v).detach().cpu().contiguous() for k, v in tensors.items()}
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     try:
         save_file(tensors, f"{path}.tmp", {"format": "pt", **(metadata or {})})
     except SafetensorError as e:                                                # such as a full disk
         raise OSError(f"{path} cannot be written: {e}") from None
-    with open(f"{path}.tmp", "r+b") as file:                                    # safetensors shuffles metadata: sort it
+    with open(f"{path}.tmp", "r+b") as file:                                   # safetensors shuffles metadata
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -489,41 +550,28 @@ def save_tensors(tensors, path, metadata=None):
     os.replace(f"{path}.tmp", path)
 
 
-@contextmanager
-def open_tensors(path):
-    """A safetensors file, opened. ValueError names a file that is none or is cut short."""
+def read_tensors(path, metadata_only=False):
+    """(tensors, metadata) of a safetensors file. UserError names a file that is none or is cut short."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as file:
-            yield file
+            keys = [] if metadata_only else file.keys()
+            return {k: file.get_tensor(k) for k in keys}, file.metadata() or {}
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} cannot be read as safetensors: {e}") from None
-
-
-def read_tensors(path):
-    """(tensors, metadata) of a safetensors file. ValueError as open_tensors."""
-    with open_tensors(path) as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
-
-
-def read_metadata(path):
-    """The metadata of a safetensors file, {} where it is missing. ValueError as open_tensors."""
-    if not Path(path).exists():
-        return {}
-    with open_tensors(path) as file:
-        return file.metadata() or {}
+        raise UserError(f"{path} cannot be read as safetensors: {e}") from None
 
 
 def load_strict(module, tensors, path):
-    """Give the module these tensors as its own. ValueError names the missing, unexpected and misshapen."""
+    """Give the module these tensors as its own. UserError names the missing, unexpected and misshapen."""
     own = module.state_dict()
-    odd = [f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in own]
+    odd = [f"missing {k}" for k in own if k not in tensors]
+    odd += [f"unexpected {k}" for k in tensors if k not in own]
     odd += [f"{k} is {tuple(tensors[k].shape)}, not {tuple(v.shape)}" for k, v in own.items()
             if k in tensors and tensors[k].shape != v.shape]
     odd += [f"{k} is {v.dtype}" for k, v in tensors.items() if not v.is_floating_point()]
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ValueError(f"{path} does not fit the model: {'; '.join(odd[:3])}{more}")
+        raise UserError(f"{path} does not fit the model: {'; '.join(odd[:3])}{more}")
     module.load_state_dict(tensors, assign=True)
 
 

@@ -2,14 +2,14 @@
 judge them.
 
     python reward.py                                                      the toy reward beside the oracle
-    python reward.py --video a.mp4 --prompt "a red circle moving left"    the scores of a video; --video may be left out
-    python reward.py --video a.mp4 --prompt "a dog runs" --ckpt KwaiVGI/VideoReward --template prompt_template.py
+    python reward.py --video a.mp4 --prompt "a red circle moving left"    the scores of a video
+    python reward.py --video a.mp4 --prompt "a dog" --ckpt KwaiVGI/VideoReward --template prompt_template.py
 
-VideoReward is the paper's reward model (Sec. 3): Qwen2-VL reads the video, a rubric and the prompt, and a linear
-map turns what it thinks at three special tokens into VQ, MQ and TA. LatentReward is the noisy-latent reward (Sec.
-4.4, Table 11): the first few blocks of the video DiT and a head with three outputs, told the time t. Trained at
-t = 0 it is the labeller of the toy world; trained at all t it guides sampling. Scores are z-normalised on a
-validation set: 0 is an average video, negative is below average, not wrong.
+VideoReward is the paper's reward model (Sec. 3): Qwen2-VL reads the video, a rubric and the prompt, and a
+linear map turns what it thinks at three special tokens into VQ, MQ and TA. LatentReward is the noisy-latent
+reward (Sec. 4.4, Table 11): the first few blocks of the video DiT and a head with three outputs, told the
+time t. Trained at t = 0 it is the labeller of the toy world; trained at all t it guides sampling. Scores are
+z-normalised on a validation set: 0 is an average video, negative is below average, not wrong.
 """
 import ast
 import hashlib
@@ -23,27 +23,16 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from data import (DIMS, FRAMES, SIZE, caption_of, check_world, embed_text, fail, fetch, find, flawed_videos, launch,
-                  markdown, oracle, read_json, read_video, rng, to_float, user_errors, video_info, write_json)
-from model import Config, LayerNorm, VideoDiT, add_lora, load_strict, read_tensors, save_tensors
-
-
-def overall(r, dim_w=(1, 1, 1)):
-    """The scalar reward (...): weighted mean of normalised scores r (..., 3) over the dimensions. Sec. 5.2."""
-    dim_w = torch.tensor(dim_w, dtype=r.dtype, device=r.device)
-    return (r * dim_w).sum(-1) / dim_w.abs().sum()
-
-
-def and_overall(r):
-    """Normalised scores r (..., 3) and their mean, Overall: (..., 4)."""
-    return torch.cat([r, overall(r)[..., None]], dim=-1)
+from data import (DIMS, RANK, RANKS, Shapes, caption_of, check_world, flawed_videos, gather_rows, launch,
+                  normalised, on_rank_0, oracle, progress, read_shapes, read_video, rng, true_scores,
+                  video_info, with_overall, write_json)
+from model import (LayerNorm, UserError, VideoDiT, add_lora, fetch, load_strict, read_config, read_json,
+                   read_tensors, save_tensors)
 
 
 # ---- the latent reward ----
@@ -51,9 +40,9 @@ def and_overall(r):
 class LatentReward(nn.Module):
     """Scores of noisy latents: the first blocks of a VideoDiT, one attention query and head per dimension.
 
-    The paper gives no head. Two things matter in this one: tokens meet a nonlinearity before they are pooled, since
-    their mean alone hardly tells a circle from a square; and the prompt multiplies what was pooled, since whether a
-    video shows what it says is a product of both.
+    The paper gives no head. Two things matter in this one: tokens meet a nonlinearity before they are pooled,
+    since their mean alone hardly tells a circle from a square; and the prompt multiplies what was pooled,
+    since whether a video shows what it says is a product of both.
     """
 
     def __init__(self, config, depth=2):
@@ -66,20 +55,20 @@ class LatentReward(nn.Module):
         self.hidden, self.word = nn.Linear(config.dim, config.dim), nn.Linear(config.dim, config.dim)
         nn.init.normal_(self.word.weight, std=config.dim**-0.5)
         self.out = nn.Parameter(torch.randn(len(DIMS), config.dim) / config.dim**0.5)
-        self.register_buffer("mean", torch.zeros(len(DIMS)))                    # of raw scores on the validation set
+        self.register_buffer("mean", torch.zeros(len(DIMS)))             # of raw scores on the validation set
         self.register_buffer("std", torch.ones(len(DIMS)))
 
     @property
-    def of_shapes(self):
-        """Whether it judges pixels of Shapes world, and not the latents of a Wan."""
-        return self.config.in_dim == 3
+    def reads(self):
+        """The world whose latents it reads."""
+        return "shapes" if self.config.in_dim == 3 else "wan"
 
     def forward(self, xt, t, text):
         """Raw scores (B, 3) from xt (B, C, T, H, W), t (B,) in [0, 1] and text (B, S, text_dim)."""
         h = self.norm(self.dit(xt, t, text, depth=self.depth))                  # (B, L, D)
-        look = (h @ self.query.T).softmax(dim=1)                                # (B, L, 3): where each dimension looks
-        h = look.transpose(1, 2) @ F.gelu(self.hidden(h))                       # (B, 3, D)
-        said = text.any(dim=-1, keepdim=True).type_as(text)                     # (B, S, 1): 0 after the last word
+        weight = (h @ self.query.T).softmax(dim=1)                              # (B, L, 3): of each dimension
+        h = weight.transpose(1, 2) @ F.gelu(self.hidden(h))                     # (B, 3, D)
+        said = text.any(dim=-1, keepdim=True).type_as(text)                 # (B, S, 1): 0 after the last word
         words = (self.dit.text_embedding(text) * said).sum(1) / said.sum(1).clamp(min=1)
         gate = 1 + self.word(F.layer_norm(words, words.shape[-1:]))             # (B, D)
         return (h * gate[:, None] * self.out).sum(-1)
@@ -87,6 +76,27 @@ class LatentReward(nn.Module):
     def score(self, xt, t, text):
         """Scores (B, 3), z-normalised on the validation set."""
         return (self(xt, t, text) - self.mean) / self.std
+
+    @torch.no_grad()
+    def score_clean(self, x0, text):
+        """Normalised scores (B, 3) of clean latents x0 (t = 0), on the CPU."""
+        batch, device = 64 if self.reads == "shapes" else 1, self.mean.device   # one of Wan's fills a GPU
+        r = [self.score(x.to(device), torch.zeros(len(x), device=device), y.to(device)).cpu()
+             for x, y in zip(x0.split(batch), text.split(batch))]
+        return torch.cat(r)
+
+    def score_pairs(self, world, pairs, cache):
+        """Normalised scores (n, 2, 3) of A and B of encoded Pairs."""
+        chunks = torch.arange(len(pairs)).split(256 if self.reads == "shapes" else 1)
+        r = []
+        for rows in progress(chunks[RANK::RANKS], "scoring"):
+            text = world.text(pairs, rows).repeat_interleave(2, dim=0)          # the same for A and B
+            r.append(self.score_clean(world.latents(pairs, rows).flatten(0, 1), text))
+        return torch.cat(gather_rows(r)).view(-1, 2, len(DIMS))
+
+    def score_drawn(self, latents, text, files, prompts):
+        """Normalised scores (n, 3) of what a model drew, from its latents and the prompts' text."""
+        return self.score_clean(latents, text)
 
     @classmethod
     def from_base(cls, model, depth=2):
@@ -102,35 +112,36 @@ class LatentReward(nn.Module):
                      {"config": json.dumps(self.config.to_diffusers()), "depth": str(self.depth), **metadata})
 
     @classmethod
-    @user_errors()
     def from_pretrained(cls, path):
         """The reward of a run folder of train_reward.py, fp32 and in eval mode."""
-        file = find(path, "reward.safetensors") / "reward.safetensors"
+        file = fetch(path, ["reward.safetensors"]) / "reward.safetensors"
         tensors, metadata = read_tensors(file)
         if "world" in metadata:
             check_world(metadata, file)
         if not {"config", "depth"} <= metadata.keys():
-            fail(f"{file} does not say how deep a model it is of")
-        reward = cls(Config.from_dict(json.loads(metadata["config"])), int(metadata["depth"]))
+            raise UserError(f"{file} does not say how deep a model it is of")
+        reward = cls(read_config(json.loads(metadata["config"])), int(metadata["depth"]))
         load_strict(reward, {k: v.float() for k, v in tensors.items()}, file)
         return reward.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def score_clean(reward, x0, text):
-    """Normalised scores (B, 3) of clean latents x0 (t = 0), on the CPU."""
-    batch, device = 64 if reward.of_shapes else 1, reward.mean.device           # of a Wan one fills a GPU
-    parts = zip(x0.split(batch), text.split(batch))
-    clean = lambda x: torch.zeros(len(x), device=device)
-    return torch.cat([reward.score(x.to(device), clean(x), y.to(device)).cpu() for x, y in parts])
+class Oracle:
+    """The truth of Shapes world in the place of a reward."""
+    reads = "shapes"
+
+    def score_pairs(self, world, pairs, cache):
+        return normalised(true_scores(pairs))
+
+    def score_drawn(self, latents, text, files, prompts):
+        return normalised(oracle(latents, prompts))
 
 
 # ---- VideoReward: what it is asked ----
 
 TOKENS = tuple(f"<|{dim}_reward|>" for dim in DIMS)     # the scores are read where these stand, in this order
 # Attention is causal: VQ and MQ are read before the prompt is told, so that they can't depend on it.
-RUBRIC = """A model made this video from a text. Rate it on three scales from 0 (useless) to 10 (flawless). Keep the \
-scales apart: a fault counts on its own scale and on no other.
+RUBRIC = """A model made this video from a text. Rate it on three scales from 0 (useless) to 10 (flawless). \
+Keep the scales apart: a fault counts on its own scale and on no other.
 
 Visual quality: how do the single frames look, whatever they are meant to show?
 - Form: things and bodies are built as they should be, with no part missing, doubled or melted into another.
@@ -159,21 +170,26 @@ def read_template(path):
     """The prompt of the released checkpoint: a string constant in the authors' prompt_template.py, which is
     parsed and never executed.
     """
+    found = []
     try:
-        found = [ast.literal_eval(node.value) for node in ast.parse(Path(path).read_text(encoding="utf-8")).body
-                 if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == THEIR_TEMPLATE for t in node.targets)]
-        fields = [field for text in found for _, field, _, _ in string.Formatter().parse(text) if field is not None]
+        for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+            names = [getattr(x, "id", "") for x in getattr(node, "targets", ())]
+            if isinstance(node, ast.Assign) and THEIR_TEMPLATE in names:
+                found.append(ast.literal_eval(node.value))
+        pieces = [piece for text in found for piece in string.Formatter().parse(text)]
+        fields = [field for _, field, _, _ in pieces if field is not None]
     except (OSError, SyntaxError, ValueError, TypeError) as e:
-        raise ValueError(f"--template {path} cannot be read: {e}") from None
+        raise UserError(f"--template {path} cannot be read: {e}") from None
     marks = (*TOKENS[:2], "{text_prompt}", TOKENS[2])                           # each once and in this order
-    if not found or fields != ["text_prompt"] or re.findall("|".join(map(re.escape, marks)), found[-1]) != [*marks]:
-        raise ValueError(f"--template {path} must set {THEIR_TEMPLATE} to a text with {', '.join(marks)} in this order")
+    in_order = found and re.findall("|".join(map(re.escape, marks)), found[-1]) == [*marks]
+    if fields != ["text_prompt"] or not in_order:
+        raise UserError(f"--template {path} must set {THEIR_TEMPLATE} to a text with {', '.join(marks)}")
     return found[-1]
 
 
 # ---- VideoReward: what it sees ----
 
-PATCH, MERGE = 14, 2                        # pixels of a patch, and patches (also frames) that are merged, each way
+PATCH, MERGE = 14, 2                  # pixels of a patch, and patches (also frames) that are merged, each way
 MIN_PIXELS, MAX_PIXELS = 100_352, 200_704   # of a frame: 128 and 256 tokens of 28 x 28
 PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)    # CLIP's
 PIXEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -193,8 +209,8 @@ def frame_indices(total, fps, rate=2.0, count=None):
 def frame_size(height, width, max_pixels=MAX_PIXELS, path="the video"):
     """(height, width) to which frames are resized: multiples of 28, the area within bounds, the shape kept.
 
-    ValueError names a path that is too narrow. A bound is checked after rounding, and frames that were shrunk are
-    not enlarged again: all as in the authors' code, since the score depends on it.
+    UserError names a path that is too narrow. A bound is checked after rounding, and frames that were shrunk
+    are not enlarged again: all as in the authors' code, since the score depends on it.
     """
     side = PATCH * MERGE
     h, w = (round(x / side) * side for x in (height, width))
@@ -205,7 +221,7 @@ def frame_size(height, width, max_pixels=MAX_PIXELS, path="the video"):
         grow = math.sqrt(MIN_PIXELS / (height * width))
         h, w = (math.ceil(x * grow / side) * side for x in (height, width))
     if max(height, width) > 200 * min(height, width) or not h * w:
-        raise ValueError(f"{path} is {height} x {width}: too narrow to be scored")
+        raise UserError(f"{path} is {height} x {width}: too narrow to be scored")
     return h, w
 
 
@@ -216,7 +232,7 @@ def patchify(frames, size):
     """
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()                    # (T, 3, H, W)
     x = F.interpolate(x, size, mode="bicubic", antialias=True)
-    x = x.round().clamp(0, 255)                                                 # whole grey levels, as in training
+    x = x.round().clamp(0, 255)                                            # whole grey levels, as in training
     x = (x / 255 - PIXEL_MEAN) / PIXEL_STD
     grid = len(x) // MERGE, x.shape[2] // PATCH, x.shape[3] // PATCH
     x = x.view(grid[0], MERGE, 3, grid[1] // MERGE, MERGE, PATCH, grid[2] // MERGE, MERGE, PATCH)
@@ -224,14 +240,14 @@ def patchify(frames, size):
 
 
 def check_videos(paths):
-    """Look into each video file once: ValueError names one that can't be scored."""
-    for path in tqdm(dict.fromkeys(paths), desc="looking into videos", leave=False, disable=None):
+    """Look into each video file once: UserError names one that can't be scored."""
+    for path in progress(dict.fromkeys(paths), "looking into videos"):
         frame_size(*video_info(path)[2:], path=path)
 
 
 # ---- VideoReward: the model ----
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")     # those that get LoRA
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # those that get LoRA
 SETTINGS = dict(fps=2.0, num_frames=None, max_frame_pixels=MAX_PIXELS, sample_type="uniform", output_dim=1,
                 reward_token="special", lora_r=64, lora_alpha=128, use_rslora=False, mean=None, std=None)
 
@@ -241,28 +257,31 @@ class VideoReward(nn.Module):
 
     settings: SETTINGS and "template", the text with a {text_prompt} in it that follows the video.
     """
+    reads = "files"
 
     def __init__(self, config, tokenizer, settings):
         super().__init__()
         from transformers import Qwen2VLModel
         from transformers.initialization import no_init_weights
         self.tokenizer, self.settings, self.identity = tokenizer, settings, None
-        self.token_ids = tokenizer.convert_tokens_to_ids(TOKENS) if settings["reward_token"] == "special" else []
+        special = settings["reward_token"] == "special"
+        self.token_ids = tokenizer.convert_tokens_to_ids(TOKENS) if special else []
         self.video_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
         config.text_config.vocab_size = len(tokenizer)                          # Qwen's spare rows go
         with no_init_weights():                                                 # all weights come from files
             self.qwen = Qwen2VLModel(config)
         width = config.text_config.hidden_size
-        self.rows = nn.Parameter(torch.zeros(len(self.token_ids), width))       # the special tokens' embeddings
+        self.rows = nn.Parameter(torch.zeros(len(self.token_ids), width))     # the special tokens' embeddings
         self.rm_head = nn.Linear(width, settings["output_dim"], bias=False)
-        for name in ("mean", "std"):                                            # of raw scores; nan: not known
+        for name in ("mean", "std"):                                           # of raw scores; nan: not known
             constants = torch.tensor(settings[name] or [math.nan] * len(DIMS))
             self.register_buffer(name, constants, persistent=False)
 
     def inputs(self, paths, prompts):
-        """What forward takes: token ids and mask (B, L), padded right, patches (N, 1176) of all videos, grids (B, 3).
+        """What forward takes: token ids and mask (B, L), padded right, patches (N, 1176) of all videos, grids
+        (B, 3).
 
-        ValueError names a video that can't be scored, or a prompt with a special token in it.
+        UserError names a video that can't be scored, or a prompt with a special token in it.
         """
         ids, patches, grids, s = [], [], [], self.settings
         for path, prompt in zip(paths, prompts, strict=True):
@@ -270,23 +289,24 @@ class VideoReward(nn.Module):
             frames, _ = read_video(path, frame_indices(total, fps, s["fps"], s["num_frames"]))
             x, grid = patchify(frames, frame_size(*size, s["max_frame_pixels"], path))
             content = [{"type": "video"}, {"type": "text", "text": s["template"].format(text_prompt=prompt)}]
-            chat = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                      add_generation_prompt=True)  # with its default system turn
-            places = len(x) // MERGE**2                                         # one token for each merged patch
+            chat = [{"role": "user", "content": content}]                       # with its default system turn
+            chat = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            places = len(x) // MERGE**2                                      # one token for each merged patch
             text = chat.replace("<|video_pad|>", "<|video_pad|>" * places, 1)
             ids.append(torch.tensor(self.tokenizer(text).input_ids))
             patches.append(x)
             grids.append(grid)
-            if [(ids[-1] == i).sum() for i in (self.video_id, *self.token_ids)] != [places] + [1] * len(self.token_ids):
-                raise ValueError(f"the prompt '{prompt}' holds a special token, such as {TOKENS[0]}: leave it out")
+            counts = [(ids[-1] == i).sum().item() for i in (self.video_id, *self.token_ids)]
+            if counts != [places] + [1] * len(self.token_ids):
+                raise UserError(f"the prompt '{prompt}' holds a special token, such as {TOKENS[0]}")
         mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True)
         return pad_sequence(ids, batch_first=True), mask, torch.cat(patches), torch.stack(grids)
 
     def forward(self, ids, mask, patches, grids):
         """Raw scores (B, 3) fp32 of what `inputs` returns."""
         text, B, L = self.qwen.language_model, *ids.shape
-        # Plain positions 0..L-1 on all three rotary axes, and not Qwen2-VL's frame, row and column for video tokens:
-        # the authors hand embeddings to the language model, whose transformers of the time then counted plainly, in
+        # Plain positions 0..L-1 on all three rotary axes, not Qwen2-VL's frame, row and column for video:
+        # the authors hand embeddings to the language model, and transformers counted plainly then, in
         # training and after. With the others the released weights give other scores.
         positions = torch.arange(L, device=ids.device).expand(3, B, L)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.training and ids.is_cuda):
@@ -295,24 +315,35 @@ class VideoReward(nn.Module):
                 x = torch.where((ids == i)[..., None], row.type_as(x), x)
             seen = self.qwen.visual(patches.to(self.qwen.visual.dtype), grid_thw=grids).pooler_output
             x = x.masked_scatter((ids == self.video_id)[..., None], seen.type_as(x))
-            h = text(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-        h = h.float()
-        rows, length = torch.arange(B, device=ids.device), mask.sum(1)
-        if self.token_ids:
-            at = torch.stack([(ids == i).int().argmax(1) for i in self.token_ids], dim=1)      # (B, 3)
-            r = self.rm_head(h[rows[:, None], at])                              # (B, 3, 1) or (B, 3, 3)
-            return r[..., 0] if r.shape[-1] == 1 else r.diagonal(dim1=1, dim2=2)
-        if self.settings["reward_token"] == "last":
-            return self.rm_head(h[rows, length - 1])
-        before = torch.arange(L, device=ids.device) < length[:, None] - 1       # mean: without the last, as the authors
-        return self.rm_head((h * before[..., None]).sum(1) / before.sum(1, keepdim=True))
+            h = text(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False)
+        h = h.last_hidden_state.float()
+        rows = torch.arange(B, device=ids.device)
+        if not self.token_ids:                                                  # read at the last token
+            return self.rm_head(h[rows, mask.sum(1) - 1])
+        at = torch.stack([(ids == i).int().argmax(1) for i in self.token_ids], dim=1)          # (B, 3)
+        r = self.rm_head(h[rows[:, None], at])                                  # (B, 3, 1) or (B, 3, 3)
+        return r[..., 0] if r.shape[-1] == 1 else r.diagonal(dim1=1, dim2=2)
 
     @torch.no_grad()
     def score(self, paths, prompts, normalise=True, batch=4):
-        """Scores (B, 3) of video files and their prompts, z-normalised with the checkpoint's constants or raw."""
-        device, parts = self.mean.device, range(0, len(paths), batch)
-        r = [self(*(x.to(device) for x in self.inputs(paths[i:i + batch], prompts[i:i + batch]))) for i in parts]
-        return self.normalised(torch.cat(r).cpu()) if normalise else torch.cat(r).cpu()
+        """Scores (B, 3) of video files and their prompts, z-normalised with the checkpoint's constants or
+        raw.
+        """
+        r = []
+        for i in range(0, len(paths), batch):
+            inputs = self.inputs(paths[i:i + batch], prompts[i:i + batch])
+            r.append(self(*(x.to(self.mean.device) for x in inputs)).cpu())
+        return self.normalised(torch.cat(r)) if normalise else torch.cat(r)
+
+    def score_pairs(self, world, pairs, cache):
+        """Normalised scores (n, 2, 3) of the files of Pairs, A and B; cache: folder of earlier scores."""
+        paths = [path for pair in pairs.videos for path in pair]
+        prompts = [prompt for prompt in pairs.prompts for _ in "AB"]
+        return score_videos(self, paths, prompts, f"{cache}/scores.jsonl").view(-1, 2, len(DIMS))
+
+    def score_drawn(self, latents, text, files, prompts):
+        """Normalised scores (n, 3) of what a model drew, from its files, beside which they are kept."""
+        return score_videos(self, files, prompts, Path(files[0]).parent / "scores.jsonl")
 
     def normalised(self, r):
         """Raw scores r (B, 3) as z-scores; raw, which is said once, where the checkpoint has no constants."""
@@ -324,20 +355,22 @@ class VideoReward(nn.Module):
         return (r - self.mean.cpu()) / self.std.cpu()
 
     def trainable(self, seed=0):
-        """Make trainable what the paper trains, in fp32, since steps of 2e-6 vanish in bf16: all of the vision tower
-        and merger, LoRA on the language model's linear layers, the head and the three embedding rows.
+        """Make trainable what the paper trains, in fp32, since steps of 2e-6 vanish in bf16: all of the
+        vision tower and merger, LoRA on the language model's linear layers, the head and the three embedding
+        rows.
 
         The rest keeps its dtype. Returns the model in training mode, with activation checkpointing.
         """
         self.requires_grad_(True)
-        add_lora(self.qwen.language_model, self.settings["lora_r"], self.settings["lora_alpha"], LINEARS, seed)
+        s = self.settings
+        add_lora(self.qwen.language_model, s["lora_r"], s["lora_alpha"], LINEARS, seed)
         self.qwen.visual.float()
         self.qwen.activation_checkpointing_enable({"use_reentrant": False})
         return self.train()
 
     def save(self, folder, metadata):
-        """Write a folder that from_pretrained reads: unmerged weights, settings and constants, and in base/ what
-        the Qwen2-VL is.
+        """Write a folder that from_pretrained reads: unmerged weights, settings and constants, and in base/
+        what the Qwen2-VL is.
         """
         save_tensors(self.state_dict(), folder / "reward.safetensors", metadata)
         known = {} if self.mean.isnan().any() else {"mean": self.mean.tolist(), "std": self.std.tolist()}
@@ -346,7 +379,8 @@ class VideoReward(nn.Module):
         self.tokenizer.save_pretrained(folder / "base")
 
     def load(self, tensors, source, dtype=None):
-        """Take these tensors, LoRA merged, as weights: Qwen2-VL in dtype, head and rows in fp32; source: their name.
+        """Take these tensors, LoRA merged, as weights: Qwen2-VL in dtype, head and rows in fp32; source:
+        their name.
 
         dtype None is fp32, or bf16 beside a GPU.
         """
@@ -360,42 +394,43 @@ class VideoReward(nn.Module):
         return self
 
     @classmethod
-    @user_errors()
     def from_base(cls, base, reward_token="special", template=None):
-        """An untrained VideoReward on a Qwen2-VL folder or hub repository: a new head, and new tokens if special."""
+        """An untrained VideoReward on a Qwen2-VL folder or hub repository: a new head, and new tokens if
+        special.
+        """
         text = read_template(template) if template else RUBRIC
         settings = SETTINGS | {"reward_token": reward_token, "template": text}
-        if reward_token != "special":                                           # Table 6, row III: one place for all
-            settings |= {"output_dim": len(DIMS), "template": re.sub("|".join(map(re.escape, TOKENS)), "", text)}
+        if reward_token != "special":                                    # Table 6, row III: one place for all
+            plain = re.sub("|".join(map(re.escape, TOKENS)), "", text)
+            settings |= {"output_dim": len(DIMS), "template": plain}
         folder = fetch(base, [*BASE_FILES, "*.safetensors"])
         config, tokenizer = read_base(folder, folder, reward_token == "special")
         reward = cls(config, tokenizer, settings)
         nn.init.normal_(reward.rm_head.weight, std=0.02)
-        tensors = {**read_base_weights(folder, len(tokenizer)), "rm_head.weight": reward.rm_head.weight.detach()}
-        return reward.load(tensors, base)
+        head = {"rm_head.weight": reward.rm_head.weight.detach()}
+        return reward.load(read_base_weights(folder, len(tokenizer)) | head, base)
 
     @classmethod
-    @user_errors()
     def from_pretrained(cls, checkpoint, base=None, template=None, dtype=None):
         """The VideoReward of a folder or hub repository, its LoRA merged, in eval mode.
 
-        Read are the authors' layouts, model_config.json beside checkpoint-<step>/ (the highest) with a whole model or
-        an adapter, and what save writes. base: the Qwen2-VL, if not the one that the checkpoint names; template: the
-        file for read_template; dtype: of Qwen2-VL, see load.
+        Read are the authors' layouts, model_config.json beside checkpoint-<step>/ (the highest) with a whole
+        model or an adapter, and what save writes. base: the Qwen2-VL, if not the one that the checkpoint
+        names; template: the file for read_template; dtype: of Qwen2-VL, see load.
         """
         folder, step = locate(checkpoint)
         settings, named = read_settings(folder, template)
-        own, whole = step / "reward.safetensors", step / "model.pth"
-        adapter = not own.exists() and not whole.exists()
+        own, full = step / "reward.safetensors", step / "model.pth"
+        adapter = not own.exists() and not full.exists()
         base = fetch(base or named, [*BASE_FILES, "*.safetensors"] if adapter else BASE_FILES)
         words = step / "tokenizer" if (step / "tokenizer").is_dir() else base
         config, tokenizer = read_base(base, words, settings["reward_token"] == "special")
-        if adapter:                                     # the later wins: an adapter may hold the embeddings as well
+        if adapter:                               # the later wins: an adapter may hold the embeddings as well
             tensors = {**read_base_weights(base, len(tokenizer)),
                        **our_names(unpickle(step / "non_lora_state_dict.pth")),
                        **our_names(read_tensors(step / "adapter_model.safetensors")[0])}
         else:
-            tensors = our_names(read_tensors(own)[0] if own.exists() else unpickle(whole))
+            tensors = our_names(read_tensors(own)[0] if own.exists() else unpickle(full))
         return cls(config, tokenizer, settings).load(tensors, step, dtype).eval().requires_grad_(False)
 
 
@@ -403,86 +438,93 @@ class VideoReward(nn.Module):
 
 EMBEDDING = "qwen.language_model.embed_tokens.weight"
 BASE_FILES = ["config.json", "*token*", "vocab.json", "merges.txt", "chat_template*"]
-CHECKPOINT_FILES = ["model_config.json", "checkpoint-*/*.safetensors", "checkpoint-*/model.pth",
-                    "checkpoint-*/non_lora_state_dict.pth", "checkpoint-*/tokenizer/*", "reward.safetensors", "base/*"]
+CHECKPOINT_FILES = ["model_config.json", "checkpoint-*/*.safetensors", "checkpoint-*/*.pth",
+                    "checkpoint-*/tokenizer/*", "reward.safetensors", "base/*"]
 
 
 def is_qwen(name):
-    """Whether the folder or hub repository of this name is a Qwen2-VL. ValueError where there is none."""
+    """Whether the folder or hub repository of this name is a Qwen2-VL. UserError where there is none."""
     config = fetch(name, ["config.json"]) / "config.json"
     return config.is_file() and read_json(config).get("model_type") == "qwen2_vl"
 
 
 def unpickle(path):
-    """The tensors of a .pth file, read without running what a pickle could hold. ValueError names a bad file."""
+    """The tensors of a .pth file, read without running what a pickle could hold. UserError names a bad file.
+    """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{path} cannot be read as tensors: {str(e).splitlines()[0]}") from None
+        raise UserError(f"{path} cannot be read as tensors: {str(e).splitlines()[0]}") from None
     if not isinstance(tensors, dict) or not all(torch.is_tensor(v) for v in tensors.values()):
-        raise ValueError(f"{path} holds no dictionary of tensors")
+        raise UserError(f"{path} holds no dictionary of tensors")
     return tensors
 
 
 def locate(checkpoint):
-    """(folder of model_config.json, folder of the weights) of a checkpoint: itself, or the last of its steps."""
+    """(folder of model_config.json, folder of the weights) of a checkpoint: itself, or the last of its steps.
+    """
     folder = fetch(checkpoint, CHECKPOINT_FILES)
     steps = {int(p.name[11:]): p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()}
     if not (folder / "model_config.json").exists() or not (steps or (folder / "reward.safetensors").exists()):
-        raise ValueError(f"{checkpoint} is no VideoReward: it must hold model_config.json, and checkpoint-<step>/ or "
-                         "reward.safetensors")
+        raise UserError(f"{checkpoint} is no VideoReward: it must hold model_config.json, and "
+                        "checkpoint-<step>/ or reward.safetensors")
     return folder, steps[max(steps)] if steps else folder
 
 
 def read_settings(folder, template):
-    """(settings, the Qwen2-VL they name) of a checkpoint's model_config.json, whose sections are read as one."""
+    """(settings, the Qwen2-VL they name) of a checkpoint's model_config.json, whose sections are read as one.
+    """
     raw = {k: v for section in read_json(folder / "model_config.json").values() if isinstance(section, dict)
            for k, v in section.items()}
     settings = SETTINGS | {k: v for k, v in raw.items() if k in (*SETTINGS, "template")}
-    for name in ("mean", "std"):                                                # the authors' are VQ_mean and so on
+    for name in ("mean", "std"):                                          # the authors' are VQ_mean and so on
         constants = [raw.get(f"{dim}_{name}") for dim in DIMS]
         settings[name] = settings[name] if None in constants else constants
     if raw.get("use_special_tokens"):
         settings["reward_token"] = "special"
     special = settings["reward_token"] == "special"
     for key, known in (("prompt_template_type", (None, "detailed_special")), ("sample_type", ("uniform",)),
-                       ("reward_token", ("special", "last", "mean")), ("output_dim", (1, 3) if special else (3,))):
+                       ("reward_token", ("special", "last")), ("output_dim", (1, 3) if special else (3,))):
         if (value := settings.get(key, raw.get(key))) not in known:
-            raise ValueError(f"{folder}/model_config.json: {key} = {value!r} is not supported, only {known[-1]!r}")
+            raise UserError(f"{folder}/model_config.json: only {key} = {known[-1]!r} is known, not {value!r}")
     if "template" in settings and template:
-        raise ValueError(f"{folder} knows the prompt that it was trained with: leave --template out")
+        raise UserError(f"{folder} knows the prompt that it was trained with: leave --template out")
     if "template" not in settings and not template:
-        raise ValueError(f"{folder} was trained with its authors' prompt, which is not copied here: take "
-                         "prompt_template.py from their repository KwaiVGI/VideoAlign and name it with --template")
+        raise UserError(f"{folder} was trained with its authors' prompt, which is not copied here: take "
+                        "prompt_template.py from their repository KwaiVGI/VideoAlign, by --template")
     if template:
         settings["template"] = read_template(template)
     base = folder / "base" if (folder / "base").is_dir() else raw.get("model_name_or_path")
     if not base:
-        raise ValueError(f"{folder}/model_config.json names no Qwen2-VL: name one as the base")
+        raise UserError(f"{folder}/model_config.json names no Qwen2-VL: name one as the base")
     return settings, base
 
 
 def read_base(base, words, special):
-    """(config, tokenizer) of a Qwen2-VL; words: the folder of the tokenizer, to which the three tokens are added."""
+    """(config, tokenizer) of a Qwen2-VL; words: the folder of the tokenizer, to which the three tokens are
+    added.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2VLConfig
     if not is_qwen(base):
-        raise ValueError(f"{base} is not a Qwen2-VL: its config.json must say so")
-    plain = PreTrainedTokenizerFast if (words / "tokenizer.json").exists() else AutoTokenizer   # the file as it stands
+        raise UserError(f"{base} is not a Qwen2-VL: its config.json must say so")
+    as_it_stands = (words / "tokenizer.json").exists()                         # AutoTokenizer would change it
+    kind = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
     try:
-        config, tokenizer = Qwen2VLConfig.from_pretrained(base), plain.from_pretrained(words)
+        config, tokenizer = Qwen2VLConfig.from_pretrained(base), kind.from_pretrained(words)
     except (OSError, ValueError) as e:
-        raise ValueError(f"{words} holds no tokenizer that can be read: {str(e).splitlines()[0]}") from None
-    if tokenizer.chat_template is None and (base / "chat_template.json").exists():        # beside older processors
+        raise UserError(f"{words} holds no tokenizer that can be read: {str(e).splitlines()[0]}") from None
+    if tokenizer.chat_template is None and (base / "chat_template.json").exists():   # beside older processors
         tokenizer.chat_template = read_json(base / "chat_template.json")["chat_template"]
     if tokenizer.chat_template is None or "<|video_pad|>" not in tokenizer.get_vocab():
-        raise ValueError(f"{words} holds no tokenizer of a Qwen2-VL: chat template or <|video_pad|> is missing")
+        raise UserError(f"{words} holds no tokenizer of a Qwen2-VL: no chat template, or no <|video_pad|>")
     if special:
         tokenizer.add_tokens(list(TOKENS), special_tokens=True)
     return config, tokenizer
 
 
 def our_names(tensors):
-    """Tensors under our names: without peft's marks, and from the names of transformers before and after 4.52.
+    """Tensors under our names: without peft's marks, and from the names of transformers before and after
+    4.52.
 
     The language model's own head stays behind: no score needs it.
     """
@@ -491,18 +533,20 @@ def our_names(tensors):
         key = key.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
         if not key.startswith(("qwen.", "rm_head.", "lm_head.")) and key != "rows":
             key = key.removeprefix("model.")
-            key = "qwen." + (key if key.startswith(("visual.", "language_model.")) else f"language_model.{key}")
+            own = key.startswith(("visual.", "language_model."))
+            key = f"qwen.{key}" if own else f"qwen.language_model.{key}"
         if not key.startswith("lm_head."):
             named[key + ".weight" if key.endswith((".lora_A", ".lora_B")) else key] = value
     return named
 
 
 def read_base_weights(folder, vocabulary):
-    """The weights of a Qwen2-VL folder, its embedding cut or grown to this many rows, as transformers would."""
+    """The weights of a Qwen2-VL folder, its embedding cut or grown to this many rows, as transformers would.
+    """
     files = sorted(folder.glob("*.safetensors"))
     tensors = our_names({k: v for file in files for k, v in read_tensors(file)[0].items()})
     if EMBEDDING not in tensors:
-        raise ValueError(f"{folder} holds no safetensors of a Qwen2-VL")
+        raise UserError(f"{folder} holds no safetensors of a Qwen2-VL")
     rows = tensors[EMBEDDING][:vocabulary]
     more = 0.02 * torch.randn(vocabulary - len(rows), rows.shape[1], generator=rng("rows"))
     tensors[EMBEDDING] = torch.cat([rows, more.to(rows)])
@@ -514,7 +558,7 @@ def merge_adapters(tensors, settings):
     for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
         name = key.removesuffix(".lora_A.weight")
         if f"{name}.weight" not in tensors or f"{name}.lora_B.weight" not in tensors:
-            raise ValueError(f"the adapter's {name} has no lora_B, or the base has no such layer")
+            raise UserError(f"the adapter's {name} has no lora_B, or the base has no such layer")
         A, B = tensors.pop(key).float(), tensors.pop(f"{name}.lora_B.weight").float()
         scale = settings["lora_alpha"] / (len(A) ** 0.5 if settings["use_rslora"] else len(A))
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() + scale * B @ A
@@ -523,46 +567,57 @@ def merge_adapters(tensors, settings):
 def identity(tensors, settings, dtype):
     """A short name for these weights, settings and precision, by which cached scores know their reward."""
     digest = hashlib.sha256(json.dumps([settings, str(dtype)], sort_keys=True).encode())
-    for key in sorted(tensors):                                                 # training moves every tensor's start
+    for key in sorted(tensors):                                          # training moves every tensor's start
         digest.update(key.encode() + tensors[key].flatten()[:16].float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def is_video_reward(path):
-    """Whether the folder or hub repository is a VideoReward and not a LatentReward. ValueError where there is none."""
-    return (fetch(path, ["model_config.json"]) / "model_config.json").exists()
+def reads(path):
+    """What the reward at path reads, which its files tell: latents of "shapes" or "wan", or "files" of
+    videos.
+    """
+    if path == "oracle":
+        return Oracle.reads
+    folder = fetch(path, ["model_config.json", "reward.safetensors"])
+    if (folder / "model_config.json").exists():
+        return "files"
+    file = folder / "reward.safetensors"
+    if not file.exists():
+        raise UserError(f"{path} holds no model_config.json or reward.safetensors: is it a finished run of "
+                        "train_reward.py?")
+    return "shapes" if "world" in read_tensors(file, metadata_only=True)[1] else "wan"
 
 
-@user_errors()
+def check_reward(path, world):
+    """Refuse, before any work, a reward that cannot judge what a model of this world draws."""
+    kind = reads(path)
+    if kind not in world.judges:
+        raise UserError(f"{path} reads {kind}, and what this model draws is judged by a reward that reads "
+                        f"{' or '.join(world.judges)}: name another, such as a run of train_reward.py")
+
+
 def load_reward(path, base=None, template=None):
-    """The reward at path: a VideoReward of a folder or hub repository, or the LatentReward of a run folder."""
-    if is_video_reward(path):
+    """The reward at path: a VideoReward, the LatentReward of a run folder, or for "oracle" the truth."""
+    if path == "oracle":
+        return Oracle()
+    if reads(path) == "files":
         return VideoReward.from_pretrained(path, base, template)
     return LatentReward.from_pretrained(path)
 
 
-@user_errors()
-def check_reward(path, toy):
-    """Refuse, before any work, a reward that cannot judge what the model makes: Shapes world or latents of a Wan."""
-    vlm = is_video_reward(path)
-    if vlm and toy:
-        fail(f"{path} judges files of videos, which Shapes world has none of: take a run of train_reward.py")
-    if not vlm and LatentReward.from_pretrained(path).of_shapes != toy:
-        fail(f"{path} judges the latents of {'a Wan' if toy else 'Shapes world'}: name another reward")
-
-
-@user_errors()
+@on_rank_0
 def score_videos(reward, paths, prompts, cache_file):
-    """VideoReward's normalised scores (n, 3) of video files and their prompts; each distinct pair is scored once.
+    """VideoReward's normalised scores (n, 3) of video files and their prompts; each distinct pair is scored
+    once.
 
-    Every raw score is at once added to cache_file, a line of JSON each: reward.identity, the video's path, size and
-    time of change, the prompt, VQ, MQ, TA. So an interrupted run goes on where it stopped. A video that can't be scored
-    ends in one line.
+    Every raw score is at once added to cache_file, a line of JSON each: reward.identity, the video's path,
+    size and time of change, the prompt, VQ, MQ, TA. So an interrupted run goes on where it stopped. UserError
+    names a video that can't be scored.
     """
     try:
         stats = {path: os.stat(path) for path in set(paths)}
     except OSError as e:
-        raise ValueError(f"{e.filename} cannot be read: {e.strerror}") from None
+        raise UserError(f"{e.filename} cannot be read: {e.strerror}") from None
     keys = [(reward.identity, str(Path(path).resolve()), stats[path].st_size, stats[path].st_mtime_ns, prompt)
             for path, prompt in zip(paths, prompts, strict=True)]
     known, cache = {}, Path(cache_file)
@@ -576,17 +631,11 @@ def score_videos(reward, paths, prompts, cache_file):
     todo = [key for key in dict.fromkeys(keys) if key not in known]
     with open(cache, "a", encoding="utf-8") as file:
         file.write("\n" if todo else "")                                        # ends such a line
-        for key in tqdm(todo, desc="scoring", disable=not todo):
+        for key in progress(todo, "scoring"):
             known[key] = reward.score([key[1]], [key[-1]], normalise=False)[0].tolist()
             file.write(json.dumps([*key, *known[key]]) + "\n")
             file.flush()
     return reward.normalised(torch.tensor([known[key] for key in keys]))
-
-
-def score_files(reward, pairs, cache):
-    """VideoReward's normalised scores (n, 2, 3) of the files of Pairs, A and B; cache: folder of earlier scores."""
-    paths, prompts = [path for pair in pairs.paths for path in pair], [prompt for prompt in pairs.prompts for _ in "AB"]
-    return score_videos(reward, paths, prompts, f"{cache}/scores.jsonl").view(-1, 2, len(DIMS))
 
 
 # ---- how good is a reward? ----
@@ -615,43 +664,18 @@ def accuracy_with_ties(label, d):
     size, order = d.abs().sort()
     label, sign = label[order], d[order].sign()
     right = (sign == label).sum()                                               # no ties predicted
-    gain = ((label == 0).long() - (sign == label).long()).cumsum(0)             # of calling the smallest ones ties
+    gain = ((label == 0).long() - (sign == label).long()).cumsum(0)        # of calling the smallest ones ties
     ends = torch.cat([size[1:] > size[:-1], torch.tensor([True])])
     return (right + gain[ends].max().clamp(min=0)).item() / len(label)
 
 
 def accuracies(label, d):
     """{"VQ": {"with": .., "without": ..}, ..} for label and d (n, 4), columns VQ, MQ, TA, Overall."""
-    columns = zip((*DIMS, "Overall"), label.T, d.T)
-    return {dim: {"with": accuracy_with_ties(h, m), "without": accuracy_without_ties(h, m)} for dim, h, m in columns}
-
-
-def spread(values, digits=1):
-    """'61.2', or of several values their mean and standard deviation, '61.2 ± 0.9'."""
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
-
-
-def print_accuracies(results):
-    """Print a Markdown table of {name: [accuracies of each seed]}, in per cent, with their spread."""
-    names, rows = (*DIMS, "Overall"), []
-    for name, seeds in results.items():                                         # empty where nothing is labelled
-        rows.append([name, *(" / ".join(spread([100 * row[dim][kind] for row in seeds]) for kind in ("without", "with"))
-                             if dim in seeds[0] else "" for dim in names)])
-    print(markdown(["accuracy without / with ties, %", *names], rows))
+    return {dim: {"with": accuracy_with_ties(h, m), "without": accuracy_without_ties(h, m)}
+            for dim, h, m in zip((*DIMS, "Overall"), label.T, d.T)}
 
 
 # ---- the scores of a video, from the command line ----
-
-def toy_latents(path):
-    """x0 (1, 3, FRAMES, SIZE, SIZE) of a video file of Shapes world: frames taken evenly, pixels averaged
-    down.
-    """
-    frames, _ = read_video(path)
-    frames = frames[np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)]
-    x = to_float(torch.from_numpy(frames)).permute(0, 3, 1, 2)                  # (T, 3, H, W)
-    return F.interpolate(x, (SIZE, SIZE), mode="area").transpose(0, 1)[None]
-
 
 @dataclass
 class Args:
@@ -663,24 +687,19 @@ class Args:
     raw: bool = False                       # print VideoReward's scores as they are, not normalised
 
 
-@user_errors()
 def main(args):
     """Print the scores of videos, or of a few random ones of Shapes world; returns them (B, 3)."""
     check_videos(args.video)
-    if not is_video_reward(args.ckpt):
-        check_reward(args.ckpt, toy=True)
-        return print_toy(args, LatentReward.from_pretrained(args.ckpt))
+    if reads(args.ckpt) != "files":
+        check_reward(args.ckpt, Shapes())
+        return print_toy(args, load_reward(args.ckpt))
     if not (args.video and args.prompt):
-        fail("VideoReward scores video files: name some, and with --prompt the text they were made from")
-    reward = VideoReward.from_pretrained(args.ckpt, args.base, args.template)
-    reward.to("cuda" if torch.cuda.is_available() else "cpu")
-    return print_scores(args.video, reward.score(args.video, [args.prompt] * len(args.video), not args.raw))
-
-
-def print_scores(names, scores):
-    """Print VideoReward's scores (B, 3) as a table; returns them."""
+        raise UserError("VideoReward scores video files: name some, and with --prompt what they should show")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reward = load_reward(args.ckpt, args.base, args.template).to(device)
+    scores = reward.score(args.video, [args.prompt] * len(args.video), not args.raw)
     print(f"{'':36} " + " ".join(f"{name:>8}" for name in (*DIMS, "Overall")))
-    for name, r in zip(names, and_overall(scores).tolist()):
+    for name, r in zip(args.video, with_overall(scores).tolist()):
         print(f"{str(name)[-36:]:36} " + " ".join(f"{x:+8.3f}" for x in r))
     print("normalised, 0 is an average video and negative is normal; raw, the sign means nothing")
     return scores
@@ -689,20 +708,21 @@ def print_scores(names, scores):
 def print_toy(args, reward):
     """Print a latent reward's scores beside the oracle's; returns them (B, 3)."""
     if args.video:
-        x0 = torch.cat([toy_latents(path) for path in args.video])
+        x0 = torch.stack([read_shapes(path) for path in args.video])
         prompts, names = [args.prompt] * len(x0), args.video
     else:
         x0, prompts = flawed_videos(8, "eval", rng(0))
         names, x0 = prompts, x0.float()
-    truth = oracle(x0, prompts)
-    scores = score_clean(reward, x0, embed_text(prompts))
+    truth, scores = oracle(x0, prompts), reward.score_clean(x0, Shapes().embed(prompts))
     print(f"{'':36} {'reward, 0 is average':24}  oracle, 0 to 1")
-    for name, r, o in zip(names, scores, truth):
-        scored = " ".join(f"{dim} {x:+.2f}" for dim, x in zip(DIMS, r.tolist()))
+    for name, r, o in zip(names, scores.tolist(), truth):
+        scored = " ".join(f"{dim} {x:+.2f}" for dim, x in zip(DIMS, r))
         print(f"{str(name)[-36:]:36} {scored}  {caption_of(o)}")
     return scores
 
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    launch(main, Args, __doc__, ["--video"] * bool(words and not words[0].startswith("-")) + words)
+    if words and not words[0].startswith("-"):                                  # files alone are videos
+        words = ["--video", *words]
+    launch(main, Args, __doc__, words)
