@@ -36,6 +36,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_optimizer_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
 from tqdm import tqdm
 
 from model import HERE, UserError, fetch, find, read_json, read_tensors
@@ -603,7 +606,7 @@ def read_video(path, indices=None):
     return np.stack([frames[i] for i in (sorted(frames) if indices is None else map(int, indices))]), fps
 
 
-def write_video(path, video, fps):
+def write_video(path, video, fps, zoom=1):
     """Write an mp4 (H.264) from a video (3, T, H, W) in [-1, 1] or uint8 frames (T, H, W, 3), even in H and
     W.
     """
@@ -611,6 +614,7 @@ def write_video(path, video, fps):
     if torch.is_tensor(video):
         video = video if video.dtype == torch.uint8 else to_uint8(video).permute(1, 2, 3, 0)
         video = video.cpu().numpy()
+    video = video.repeat(zoom, axis=1).repeat(zoom, axis=2)
     T, H, W, _ = video.shape
     assert H % 2 == 0 and W % 2 == 0, f"H.264 needs even sides, not {H} x {W}"
     with av.open(str(path), "w", format="mp4") as container:
@@ -665,8 +669,12 @@ def markdown(head, rows):
 
 class Shapes:
     """Shapes world: its latents are pixels, its text encoder a table of words, and its truth is known."""
-    name, fps, judges = "shapes", FPS, ("shapes",)      # judges: what a reward may read here
+    name, fps, zoom, text_len = "shapes", FPS, 8, TEXT_LEN                # zoom: 24 pixels are few to look at
+    judges = ("shapes",)                                                        # what a reward may read here
+    prompts, check_prompts = staticmethod(prompts_of), staticmethod(attributes)   # of a split; refuses others
+    embed, truth = staticmethod(embed_text), staticmethod(oracle)
 
+    @property
     def metadata(self):
         """What the weights trained on this world say of it."""
         return {"world": world_hash()}
@@ -693,14 +701,6 @@ class Shapes:
         pairs.videos = torch.stack([torch.stack([clips[path] for path in pair]) for pair in pairs.videos])
         return pairs
 
-    def prompts(self, split, n=None):
-        """The prompts of a split; with n, that many of them in turn."""
-        return prompts_of(split, n)
-
-    def check_prompts(self, prompts):
-        """UserError for a prompt that this world does not know."""
-        attributes(prompts)
-
     def latents(self, pairs, rows):
         """x0 (len(rows), 2, 3, T, H, W) of A and B, fp32 in [-1, 1]."""
         return to_float(pairs.videos[rows])
@@ -708,10 +708,6 @@ class Shapes:
     def text(self, pairs, rows):
         """Prompt embeddings (len(rows), TEXT_LEN, TEXT_DIM)."""
         return embed_text([pairs.prompts[i] for i in rows])
-
-    def embed(self, prompts):
-        """Text (n, TEXT_LEN, TEXT_DIM); the empty prompt is all zeros."""
-        return embed_text(prompts)
 
     def latent_shape(self, frames, size):
         """(C, T, H, W) of the latents of a video. UserError for another size than this world's."""
@@ -722,14 +718,6 @@ class Shapes:
     def decode(self, latents):
         """Videos (n, 3, T, H, W) in [-1, 1] on the CPU."""
         return latents.clamp(-1, 1).cpu()
-
-    def enlarge(self, video):
-        """A video (3, T, H, W) large enough to look at: 24 pixels are few."""
-        return video.repeat_interleave(8, 2).repeat_interleave(8, 3)
-
-    def truth(self, videos, prompts):
-        """The oracle's scores (n, 3) of videos (n, 3, T, H, W)."""
-        return oracle(videos, prompts)
 
 
 def read_shapes(path):
@@ -772,7 +760,8 @@ class Wan:
     """The autoencoder and UMT5 text encoder of a Wan 2.1 folder or hub repository in diffusers' layout; each
     is loaded when it is needed and never both. What was encoded lies in a cache, and self.cached knows where.
     """
-    name, fps, judges = "wan", WAN_FPS, ("wan", "files")
+    name, fps, zoom, text_len = "wan", WAN_FPS, 1, WAN_TEXT_LEN
+    judges, metadata, truth = ("wan", "files"), {}, None                        # nobody knows the truth
     def __init__(self, path, device="cpu"):
         self.device, self.loaded_vae, self.cached = device, None, {}            # {path or prompt: its file}
         self.folder = fetch(path, ["vae/*", "text_encoder/*", "tokenizer/*"])
@@ -781,10 +770,6 @@ class Wan:
             raise UserError(f"{path} holds no {', '.join(missing)}: take a folder or hub repository in "
                             "diffusers' layout, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
         self.config = read_json(self.folder / "vae" / "config.json")
-
-    def metadata(self):
-        """What the weights trained on this world say of it: nothing."""
-        return {}
 
     def read(self, args, noise=1.0, labelled=True):
         """The Pairs of the file args.pairs."""
@@ -799,13 +784,6 @@ class Wan:
 
     def check_prompts(self, prompts):
         """Wan knows every prompt."""
-
-    def enlarge(self, video):
-        """A video is large enough."""
-        return video
-
-    def truth(self, videos, prompts):
-        """None: nobody knows it."""
 
     def latents(self, pairs, rows):
         """x0 (len(rows), 2, C, T, H, W) of A and B, fp32, from the cache."""
@@ -1014,28 +992,41 @@ def lineage(path):
         raise UserError(f"{path} holds no transformer, lora.safetensors or config.json: is the run finished?")
     args = read_json(folder / "config.json").get("args") if (folder / "config.json").exists() else None
     if not isinstance(args, dict) or args.get("loss") == "pretrain":
+        if (folder / "lora.safetensors").exists():
+            raise UserError(f"{folder / 'config.json'} does not say what the run started from")
         return [folder]
     if not isinstance(args.get("model"), str):
         raise UserError(f"{folder / 'config.json'} does not say what the run started from")
     return [folder, *lineage(args["model"])]
 
 
-def weights_of(folder):
-    """The file with the weights that a run trained, or a pretrained toy's."""
-    lora = Path(folder) / "lora.safetensors"
-    return lora if lora.exists() else Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors"
+def pretrained(path):
+    """The folder or hub name of the whole weights of the model at path, under its adapters."""
+    return next(folder for folder in lineage(path) if not (Path(folder) / "lora.safetensors").exists())
 
 
-def weights_metadata(folder):
-    """The metadata of a model's weights; {} of Wan in several files or on the hub."""
-    file = weights_of(folder)
+def weights_file(folder):
+    """The file with a toy's whole weights; it does not exist of Wan in several files or on the hub."""
+    return Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors"
+
+
+def metadata_of(file):
+    """The metadata of a safetensors file, {} where it does not exist."""
     return read_tensors(file, metadata_only=True)[1] if file.exists() else {}
+
+
+def start_of(path):
+    """A short hash of the whole weights at path, by which adapters trained on them know them again; "" of Wan
+    in several files or on the hub.
+    """
+    file = weights_file(pretrained(path))
+    return fingerprint(file) if file.exists() else ""
 
 
 def world_of(path, device="cpu"):
     """The world of the model at path, which its pretrained weights tell."""
     root = lineage(path)[-1]
-    return Shapes() if "world" in weights_metadata(root) else Wan(root, device)
+    return Shapes() if "world" in metadata_of(weights_file(root)) else Wan(root, device)
 
 
 # ---- runs: several processes, started by torchrun; alone, all of this changes nothing ----
@@ -1087,11 +1078,24 @@ def on_rank_0(function):
 
 def add_gradients(parameters):
     """Give every rank the sum of all ranks' gradients: once a step, so that micro-batches cost no messages.
+    Those of sharded weights are summed already.
     """
     if RANKS > 1:
-        sums = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
-        for s in sums:
-            s.wait()
+        own = [p.grad for p in parameters if p.grad is not None and not hasattr(p.grad, "full_tensor")]
+        sums = [dist.all_reduce(grad, async_op=True) for grad in own]
+        for x in sums:
+            x.wait()
+
+
+def shard(model):
+    """Split the weights over the ranks block by block (FSDP2): a block is whole only while it computes, and
+    its backward pass sums the gradients of all ranks.
+    """
+    from torch.distributed.fsdp import fully_shard
+    for module in (*model.blocks, model):
+        fully_shard(module)
+        module.set_gradient_divide_factor(1.0)                                  # a sum, not a mean
+        module.set_force_sum_reduction_for_comms(True)                          # which gloo can do too
 
 
 def micro_batches(n, accumulate):
@@ -1144,20 +1148,17 @@ def learning_rate_scale(step, steps, warmup, decay=0.0):
 
 class Count(int):
     """A flag that counts something: a whole number above 0."""
+    least = 1
 
     def __new__(cls, text):
-        if not re.fullmatch(r"\d+", str(text)) or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+        if not str(text).isdecimal() or int(text) < cls.least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number, {cls.least} or more")
         return super().__new__(cls, text)
 
 
-class Seed(int):
-    """A seed: 0 or a whole number above it."""
-
-    def __new__(cls, text):
-        if not re.fullmatch(r"\d+", str(text)):
-            raise argparse.ArgumentTypeError(f"{text} is not 0 or a whole number above it")
-        return super().__new__(cls, text)
+class Seed(Count):
+    """A seed: a whole number, 0 or more."""
+    least = 0
 
 
 class Size(tuple):
@@ -1336,12 +1337,12 @@ class Run:
         self.events, self.seen, self.now, self.names, self.started = [], [], [], (), time.time()
 
     def steps(self, total, **state):
-        """The numbers of the steps that are left to do. Between them the state {name: module, optimizer, list
-        or None} is saved, every args.save_every steps and when Ctrl-C asks to stop.
+        """The numbers of the steps that are left to do. Between them the state {name: module, optimizer of
+        the module named model, list or None} is saved, every args.save_every steps and when Ctrl-C asks to
+        stop.
         """
-        self.state, first = state | {"seen": self.seen}, 0
-        if self.going_on:
-            first = self.load()
+        self.state = {name: x for name, x in (state | {"seen": self.seen}).items() if x is not None}
+        first = self.load() if self.going_on else 0
         asked, before = threading.Event(), signal.getsignal(signal.SIGINT)
 
         def ask(*_):
@@ -1397,55 +1398,63 @@ class Run:
 
     def save(self, step):
         """Write what training needs to go on after step; the last two states are kept."""
-        on_rank_0(save_state)(self.folder, step, self.state)
+        if step == 0:                                                         # the optimizer has no state yet
+            return
+        saved = {"step": step}
+        for name, value in self.state.items():                    # all ranks put together what is sharded
+            if isinstance(value, torch.nn.Module):
+                saved[name] = get_model_state_dict(value, options=WHOLE)
+            elif isinstance(value, torch.optim.Optimizer):
+                saved[name] = get_optimizer_state_dict(self.state["model"], value, options=WHOLE)
+            else:
+                saved[name] = value
+        on_rank_0(write_state)(self.folder, saved)
 
     def load(self):
         """Bring the state to the newest whole one, and the log back to it; returns its step, 0 if there is
         none.
         """
-        step = load_state(self.folder, self.state)
-        self.events = [event for event in read_log(self.folder) if event["step"] <= step]
+        saved = read_state(self.folder) or {"step": 0}
+        for name, value in self.state.items() if saved["step"] else ():
+            if isinstance(value, torch.nn.Module):
+                set_model_state_dict(value, saved[name], options=WHOLE)
+            elif isinstance(value, torch.optim.Optimizer):
+                set_optimizer_state_dict(self.state["model"], value, saved[name], options=WHOLE)
+            else:
+                value[:] = saved[name]
+        self.events = [event for event in read_log(self.folder) if event["step"] <= saved["step"]]
         on_rank_0(write_log)(self.folder, self.events)
-        return step
+        return saved["step"]
 
 
-def save_state(folder, step, state):
-    """Write a state to folder/state-<step>-<hash>.pt: of a module its trained parameters. The file gets its
-    name, with the hash of its content in it, when it is complete.
+# States hold whole tensors on the CPU, and of a module what is trained, however it is spread over the ranks.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+
+def write_state(folder, state):
+    """Write a state to folder/state-<step>-<hash>.pt: the file gets its name, with the hash of its content in
+    it, when it is complete.
     """
-    saved = {"step": step}
-    for name, value in state.items():
-        if isinstance(value, torch.nn.Module):
-            saved[name] = {k: p.data for k, p in value.named_parameters() if p.requires_grad}
-        elif value is not None:
-            saved[name] = value if isinstance(value, list) else value.state_dict()
     try:
-        torch.save(saved, folder / "state.tmp")
+        torch.save(state, folder / "state.tmp")
     except RuntimeError as e:                                                  # torch's answer to a full disk
         raise OSError(f"{folder / 'state.tmp'} cannot be written: {e}") from None
-    os.replace(folder / "state.tmp", folder / f"state-{step:07}-{content_hash(folder / 'state.tmp')}.pt")
+    name = f"state-{state['step']:07}-{content_hash(folder / 'state.tmp')}.pt"
+    os.replace(folder / "state.tmp", folder / name)
     for old in sorted(folder.glob("state-*-*.pt"))[:-2]:
         old.unlink()
 
 
-def load_state(folder, state):
-    """Bring state to the newest whole one in folder; returns its step, 0 if there is none."""
+def read_state(folder):
+    """The newest whole state in folder; None if there is none."""
     for file in sorted(folder.glob("state-*-*.pt"), reverse=True):
-        if content_hash(file) != file.stem.split("-")[2]:
-            print(f"{file} is damaged: going back to the one before it")
-            continue
-        saved = torch.load(file, weights_only=True, map_location="cpu")
-        for name, value in state.items():
-            if isinstance(value, list):
-                value[:] = saved[name]
-            elif isinstance(value, torch.nn.Module):
-                value.load_state_dict(saved[name], strict=False)                # what is frozen is not in it
-            elif value is not None:
-                value.load_state_dict(saved[name])
-        print(f"going on after step {saved['step']} of {file}")
-        return saved["step"]
+        if content_hash(file) == file.stem.split("-")[2]:
+            state = torch.load(file, weights_only=True, map_location="cpu")
+            print(f"going on after step {state['step']} of {file}")
+            return state
+        print(f"{file} is damaged: going back to the one before it")
     print(f"{folder} holds no whole state: starting at step 0")
-    return 0
+    return None
 
 
 # ---- the script ----

@@ -295,56 +295,70 @@ class VideoDiT(nn.Module):
 class LoRALinear(nn.Module):
     """A frozen linear layer plus (alpha / rank) B A; A and B are fp32 and B starts at zero.
 
-    A is drawn from generator on the CPU, so that it is the same on every device.
+    On a layer that has adapters already these stay on, frozen, as an earlier round. A is drawn from generator
+    on the CPU, so that it is the same on every device.
     """
 
-    def __init__(self, linear, rank, alpha, generator=None):
+    def __init__(self, layer, rank, alpha, generator=None):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        A = nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features), a=5**0.5, generator=generator)
-        self.lora_A = nn.Parameter(A.to(linear.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+        self.weight, self.bias = layer.weight, layer.bias
+        (out_features, in_features), device = layer.weight.shape, layer.weight.device
+        A = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=5**0.5, generator=generator)
+        self.lora_A = nn.Parameter(A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         self.scale, self.enabled = alpha / rank, True
+        earlier_A, earlier_B = layer.joined() if isinstance(layer, LoRALinear) else (None, None)
+        self.register_buffer("earlier_A", earlier_A, persistent=False)
+        self.register_buffer("earlier_B", earlier_B, persistent=False)
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
+        if self.earlier_A is not None:
+            y = y + F.linear(F.linear(x, self.earlier_A.type_as(x)), self.earlier_B.type_as(x))
         if self.enabled:
             y = y + F.linear(F.linear(x, (self.scale * self.lora_A).type_as(x)), self.lora_B.type_as(x))
         return y
 
-
-def merge_lora(model):
-    """Fold the adapters into the weights that they adapt, rounded to their dtype; returns the model without
-    any.
-    """
-    for name, m in list(model.named_modules()):
-        if isinstance(m, LoRALinear):
-            out_features, in_features = m.weight.shape
-            linear = nn.Linear(in_features, out_features, device="meta")
-            merged = m.weight.float() + m.scale * m.lora_B @ m.lora_A
-            linear.weight, linear.bias = nn.Parameter(merged.type_as(m.weight)), m.bias
-            model.set_submodule(name, linear)
-    return model.requires_grad_(False)
+    def joined(self):
+        """(A, B) of all rounds, joined along the rank, alpha / rank folded into B: what they add is B A."""
+        A, B = unshard(self.lora_A).detach(), unshard(self.lora_B).detach() * self.scale
+        if self.earlier_A is None:
+            return A, B
+        return torch.cat([self.earlier_A, A]), torch.cat([self.earlier_B, B], dim=1)
 
 
 def add_lora(model, rank, alpha, targets=("q", "k", "v", "o"), seed=0):
     """Freeze the model, put adapters on the linear layers of its blocks with these names; returns the model.
 
-    They start as a function of the seed: the global generator is left as it is. A model without `blocks`,
-    such as a language model, is searched as a whole.
+    A layer that has adapters already keeps them, see LoRALinear. They start as a function of the seed: the
+    global generator is left as it is. A model without `blocks`, such as a language model, is searched as a
+    whole.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parent in list(getattr(model, "blocks", model).modules()):
         for name, child in list(parent.named_children()):
-            if name in targets and isinstance(child, nn.Linear):
+            if isinstance(child, LoRALinear) or (name in targets and isinstance(child, nn.Linear)):
                 setattr(parent, name, LoRALinear(child, rank, alpha, generator))
     return model
 
 
+def merge_lora(model):
+    """Fold all adapters into the weights, rounded to their dtype; returns the model, which then has none."""
+    for name, m in list(model.named_modules()):
+        if isinstance(m, LoRALinear):
+            out_features, in_features = m.weight.shape
+            linear, (A, B) = nn.Linear(in_features, out_features, device="meta"), m.joined()
+            linear.weight, linear.bias = nn.Parameter((m.weight.float() + B @ A).type_as(m.weight)), m.bias
+            model.set_submodule(name, linear)
+    return model.requires_grad_(False)
+
+
 @contextmanager
 def lora_disabled(model):
-    """Inside, the adapters are off: the model is bitwise its base, the reference policy of Flow-DPO."""
+    """Inside, the adapters are off but for those of earlier rounds: the reference policy of Flow-DPO, in
+    eager mode bitwise the model that the adapters were added to.
+    """
     adapters = [m for m in model.modules() if isinstance(m, LoRALinear)]
     for m in adapters:
         m.enabled = False
@@ -356,7 +370,8 @@ def lora_disabled(model):
 
 
 def save_lora(model, path, metadata=None):
-    """Write the adapters as `diffusion_model.<official name>.lora_{A,B}.weight`, alpha / rank folded into B.
+    """Write the adapters as `diffusion_model.<official name>.lora_{A,B}.weight`, alpha / rank folded into B,
+    all rounds joined along the rank: the file is relative to the pretrained model.
 
     Folded, because many loaders drop a separate alpha in silence; the prefix and names are what ComfyUI,
     diffusers and DiffSynth read. fp32, contiguous; metadata: strings for the file's header.
@@ -364,36 +379,41 @@ def save_lora(model, path, metadata=None):
     tensors = {}
     for name, m in model.named_modules():
         if isinstance(m, LoRALinear):
-            tensors[f"diffusion_model.{name}.lora_A.weight"] = m.lora_A
-            tensors[f"diffusion_model.{name}.lora_B.weight"] = m.lora_B * m.scale
+            for letter, x in zip("AB", m.joined()):
+                tensors[f"diffusion_model.{name}.lora_{letter}.weight"] = x
     save_tensors(tensors, path, metadata)
 
 
 def load_lora(model, path):
-    """Add the adapters of a file, in save_lora's format or under diffusers' names; returns the model.
+    """Add the adapters of a file, in save_lora's format or under diffusers' names, to those that the model
+    has; returns the model, whose adapters lora_disabled switches off together.
 
     alpha stands in the header (diffusers) or in `<layer>.alpha` (others). UserError names a tensor that has
     no place in the model: an adapter that loads in part is worse than one that doesn't.
     """
     tensors, metadata = read_tensors(path)
     alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("transformer.lora_alpha")
-    model.requires_grad_(False)
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    own = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear))}
     layers = sorted({key.rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in tensors})
     for layer in layers:
         name = to_official(layer.removeprefix("diffusion_model.").removeprefix("transformer."))
         A, B = (tensors.get(f"{layer}.lora_{x}.weight") for x in "AB")
         shape = None if A is None or B is None else (len(B), A.shape[1])
-        if name not in linears or linears[name].weight.shape != shape:
+        if name not in own or own[name].weight.shape != shape:
             raise UserError(f"{path}: {layer} is not a pair lora_A, lora_B for a linear layer of this model")
-        adapter = LoRALinear(linears[name], len(A), float(tensors.get(f"{layer}.alpha", alpha or len(A))))
+        A, B = A.float(), B.float() * float(tensors.get(f"{layer}.alpha", alpha or len(A))) / len(A)
+        if isinstance(own[name], LoRALinear):
+            earlier_A, earlier_B = own[name].joined()
+            A, B = torch.cat([earlier_A, A]), torch.cat([earlier_B, B], dim=1)
+        adapter = LoRALinear(own[name], len(A), len(A))
+        adapter.earlier_A = adapter.earlier_B = None
         with torch.no_grad():
             adapter.lora_A.copy_(A)
             adapter.lora_B.copy_(B)
         model.set_submodule(name, adapter)
     if not layers:
         raise UserError(f"{path} holds no adapters")
-    return model
+    return model.requires_grad_(False)
 
 
 # ---- foreign names ----

@@ -28,12 +28,11 @@ import numpy as np
 import torch
 
 from data import (DIMS, FRAMES, PROMPTS, RANK, RANKS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
-                  caption_of, check_out, check_world, clean_videos, contact_sheet, fill, fingerprint,
-                  gather_rows, launch, lineage, markdown, normalised, on_rank_0, oracle, overall, progress,
-                  read_log, read_table, rng, start_ranks, to_float, to_uint8, weights_metadata, weights_of,
-                  with_overall, world_of, write_json, write_video)
-from model import (UserError, VideoDiT, find, load_lora, lora_disabled, merge_lora, read_json, read_tensors,
-                   save_tensors)
+                  caption_of, check_out, check_world, clean_videos, contact_sheet, fill, gather_rows, launch,
+                  lineage, markdown, metadata_of, normalised, on_rank_0, oracle, overall, pretrained,
+                  progress, read_log, read_table, rng, start_of, start_ranks, to_float, to_uint8,
+                  weights_file, with_overall, world_of, write_json, write_video)
+from model import UserError, VideoDiT, find, load_lora, lora_disabled, read_json, read_tensors, save_tensors
 from reward import LatentReward, check_reward, load_reward, reads
 
 
@@ -95,30 +94,21 @@ def nrg(velocity, reward, rg_scale, dim_w=(1.0, 1.0, 1.0), max_ratio=float("inf"
 
 # ---- models and drawing ----
 
-def start_of(path):
-    """A short hash of the weights at path, by which a run that was trained on top of them knows them again;
-    "" of Wan in several files or on the hub.
-    """
-    file = weights_of(lineage(path)[0])
-    return fingerprint(file) if file.exists() else ""
-
-
 def load_model(path, dtype=torch.float32):
     """The VideoDiT at path, eval mode, its adapters on where it was trained with LoRA; dtype of its linear
     maps.
     """
-    folder, *started_from = lineage(path)
-    file, metadata = weights_of(folder), weights_metadata(folder)
-    if file.name == "lora.safetensors":
-        start = started_from[0]
-        if metadata.get("start") not in (None, start_of(start)):
+    folder, start = lineage(path)[0], pretrained(path)
+    whole = metadata_of(weights_file(start))
+    if "world" in whole:
+        check_world(whole, weights_file(start))
+    model = VideoDiT.from_pretrained(start, dtype)
+    if folder != start:
+        lora = folder / "lora.safetensors"
+        if metadata_of(lora).get("start") not in (None, start_of(path)):
             raise UserError(f"{path} was trained on top of {start}, which is another model now: bring that "
                             "one back, or train again")
-        model = load_lora(merge_lora(load_model(start, dtype)), file)
-    else:
-        if "world" in metadata:
-            check_world(metadata, file)
-        model = VideoDiT.from_pretrained(folder, dtype)
+        load_lora(model, lora)
     return model.eval().requires_grad_(False)
 
 
@@ -306,24 +296,14 @@ def print_wins(results):
 
 
 def print_scores(results):
-    """Print, of {run: [result of each seed]} of Shapes world, the oracle's mean scores, in brackets the share
-    in per cent of the gap from the start model to flawless videos that was closed, and the distance from the
-    reference.
+    """Print, of {run: [result of each seed]} of Shapes world, the oracle's mean scores of the start model's
+    videos and the run's, the share in per cent of the gap to flawless ones that was closed, and the distance
+    from the reference.
     """
-    def plain(name, key):
-        """Rows of the scores under key; most runs share theirs."""
-        runs = defaultdict(list)
-        for run, seeds in results.items():
-            runs[tuple(cell(f"{{{key}/{dim}:2}}", seeds) for dim in DIMS)].append(run)
-        return [[name if len(runs) == 1 else f"{name} of {', '.join(whose)}", *scores, "", ""]
-                for scores, whose in runs.items()]
-
-    rows = plain("start", "oracle_start")
-    for run, seeds in results.items():
-        scores = [cell(f"{{oracle/{dim}:2}} ({{gap_closed/{dim}:%0}})", seeds) for dim in DIMS]
-        rows.append([run, *scores, cell("({gap_closed/Overall:%0})", seeds), cell("{distance:4}", seeds)])
-    rows += plain("flawless", "oracle_clean")
-    print("\n" + markdown(["oracle's score (gap closed, %)", *DIMS, "Overall", "distance"], rows))
+    columns = {dim: f"{{oracle_start/{dim}:2}} to {{oracle/{dim}:2}} ({{gap_closed/{dim}:%0}})"
+               for dim in DIMS}
+    columns |= {"Overall": "({gap_closed/Overall:%0})", "distance": "{distance:4}"}
+    print("\n" + table("oracle's score (gap closed, %)", results, **columns))
 
 
 def group_runs(folders):
@@ -361,18 +341,31 @@ def compare(args):
         raise UserError(f"--compare takes runs that have win rates, and one has none: no {e}") from None
     if all("gap_closed" in result for result in everyone):
         print_scores(results)
-    files = [group[0] / "samples.safetensors" for group in groups.values()]
-    if all(file.exists() for file in files):                             # Wan's videos are files of their own
-        samples = [read_tensors(file) for file in files]
-        columns = [("start", samples[0][0]["start"])]
-        columns += [(name, tensors["videos"]) for name, (tensors, _) in zip(groups, samples)]
-        prompts = json.loads(samples[0][1]["prompts"])
-        rows = []
-        for i, prompt in enumerate(prompts[:6]):
-            rows.append([(f"{prompt}: {name}" if name == "start" else name, to_float(videos[i]))
-                         for name, videos in columns])
-        contact_sheet(out, rows, max_frames=4)
-        print(f"wrote {out}")
+    files = {name: group[0] / "samples.safetensors" for name, group in groups.items()}
+    if all(file.exists() for file in files.values()):                    # Wan's videos are files of their own
+        compare_samples({name: read_tensors(file) for name, file in files.items()}, out)
+
+
+def compare_samples(samples, out):
+    """Draw the first samples {run: (tensors, metadata)} of the prompts that all runs share, beside the first
+    run's start.
+    """
+    places = {run: {} for run in samples}
+    for run, (_, metadata) in samples.items():
+        for i, prompt in enumerate(json.loads(metadata["prompts"])):
+            places[run].setdefault(prompt, i)
+    first = next(iter(samples))
+    shared = [prompt for prompt in places[first] if all(prompt in place for place in places.values())]
+    if not shared:
+        print("no picture: these runs share no prompt")
+        return
+    rows = []
+    for prompt in shared[:6]:
+        rows.append([(f"{prompt}: start", to_float(samples[first][0]["start"][places[first][prompt]]))])
+        for run, (tensors, _) in samples.items():
+            rows[-1].append((run, to_float(tensors["videos"][places[run][prompt]])))
+    contact_sheet(out, rows, max_frames=4)
+    print(f"wrote {out}")
 
 
 def compare_rewards(results, everyone):
@@ -387,40 +380,37 @@ def compare_rewards(results, everyone):
 
 def figure(folders, x, ys, by, out):
     """Draw numbers ys of runs over their number x, a line for each y and each value of the arguments by; of
-    several seeds the mean and standard deviation. With x "step", draw each run's log. matplotlib is imported
-    here alone.
+    several seeds the mean and standard deviation. matplotlib is imported here alone.
 
-    A number is an argument (`beta`) or a path into eval.json (`win_rate/Overall`). Returns {line: {x: [each
-    y]}}.
+    A number is an argument (`beta`) or a path into eval.json (`win_rate/Overall`); with x "step" it is a
+    field of log.jsonl, and each run has its own lines. Returns {line: {x: [each y]}}.
     """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     lines = defaultdict(lambda: defaultdict(list))
     for folder in folders:
-        args = read_json(folder / "config.json")["args"]
-        results = read_log(folder) if x == "step" else [args | read_json(folder / "eval.json")]
-        for result in results:
-            for y in ys:
-                own = [f"{name} {look_up(args | result, name)}" for name in by]
-                own += [folder.name] if x == "step" and len(folders) > 1 else []
-                try:
-                    point = float(look_up(result, x)), float(look_up(result, y))
-                except (KeyError, ValueError, TypeError) as e:
-                    raise UserError(f"{folder}: what it holds under {x}, {y} cannot be drawn: {e}") from None
-                lines[", ".join([y, *own])][point[0]].append(point[1])
+        args = read_json(folder / "config.json")["args"] | {"run": folder.name}
+        events = read_log(folder) if x == "step" else [read_json(folder / "eval.json")]
+        for found in (args | event for event in events):
+            names = by or (["run"] if x == "step" else [])
+            try:
+                own = [f"{name} {look_up(found, name)}" for name in names]
+                place = float(look_up(found, x))
+                for y in ys:
+                    lines[", ".join([y, *own])][place].append(float(look_up(found, y)))
+            except (KeyError, ValueError, TypeError) as e:
+                raise UserError(f"{folder}: {', '.join([x, *ys, *names])} cannot be drawn: {e}") from None
     shares = all(y.startswith(("win_rate", "gap_closed", "by_t")) for y in ys)  # drawn in per cent
     canvas, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for label, points in lines.items():
-        places = sorted(points)
-        values = [(100 if shares else 1) * np.array(points[place]) for place in places]
-        axes.errorbar(places, [v.mean() for v in values], [v.std(ddof=len(v) > 1) for v in values],
+        values = [(100 if shares else 1) * np.array(points[place]) for place in sorted(points)]
+        axes.errorbar(sorted(points), [v.mean() for v in values], [v.std(ddof=len(v) > 1) for v in values],
                       fmt="-" if x == "step" else "o-", ms=4, label=label.replace("/", " ").replace("_", " "))
-    places = sorted({place for points in lines.values() for place in points})
-    if places[0] > 0 and places[-1] > 10 * places[0] and x != "step":
+    places = [place for points in lines.values() for place in points]
+    if x != "step" and 0 < 10 * min(places) < max(places):
         axes.set_xscale("log")
-        axes.set_xticks(places, [f"{place:g}" for place in places])
-        axes.minorticks_off()
+        axes.set_xticks(sorted(set(places)), [f"{place:g}" for place in sorted(set(places))])
     axes.set(xlabel=x, ylabel="per cent" if shares else "")
     axes.grid(alpha=0.3)
     canvas.legend(loc="outside upper center", ncols=2, fontsize=8)
@@ -551,7 +541,7 @@ def check(args, world):
         why = "is a folder: name the file in it" if Path(args.lora).exists() else "does not exist"
         raise UserError(f"--lora {args.lora} {why}")
     path = args.ckpt or args.model
-    if args.against == "base" and not (args.lora or weights_of(lineage(path)[0]).name == "lora.safetensors"):
+    if args.against == "base" and not args.lora and lineage(path)[0] == pretrained(path):
         raise UserError("--against base switches adapters off and this model has none: name another model")
     check_out(args.out, path)
     return rows
@@ -639,7 +629,7 @@ def write_videos(folder, drawn, names, world):
         if len(cells) < 12:
             some = np.linspace(0, video.shape[1] - 1, min(8, video.shape[1])).round()
             cells.append([(name, video[:, some])])
-        write_video(folder / f"{name}.mp4", world.enlarge(video), world.fps)
+        write_video(folder / f"{name}.mp4", video, world.fps, world.zoom)
     on_rank_0(contact_sheet)(folder / "samples.png", gather_rows(cells)[:12])
     print(f"wrote {len(names)} mp4 and samples.png to {folder}")
     pixels = gather_rows(pixels)

@@ -14,6 +14,9 @@ are the same.
 """
 import copy
 import math
+import os
+import resource
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,35 +25,37 @@ from typing import Literal
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import (RENDERERS, Count, Run, Seed, Shapes, Size, Weights, add_gradients, check_out, command,
-                  draw_noise, embed_text, fill, flawed_videos, launch, learning_rate_scale, micro_batches,
-                  overall, prompts_of, render_as, report_pairs, rng, start_ranks, step_rows, world_of)
+from data import (FRAMES, RANKS, RENDERERS, SIZE, Count, Run, Seed, Shapes, Size, Weights, add_gradients,
+                  all_gather, check_out, command, draw_noise, embed_text, fill, flawed_videos, launch,
+                  learning_rate_scale, micro_batches, overall, prompts_of, render_as, report_pairs, rng,
+                  shard, start_of, start_ranks, step_rows, world_of)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
-from model import PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora
+from model import PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, unshard
 from reward import check_reward, load_reward
-from sample import evaluate, load_model, report, start_of, toy_videos
+from sample import evaluate, load_model, report, toy_videos
 
 # What unset flags fall to. The second column is the paper's Table 10, one recipe for all three losses; the
 # first was tuned on validation prompts.
 RECIPES = {
-    #              toy      Wan
-    "lr":         (3e-4,    5e-6),
-    "lora_rank":  (16,      64),
-    "lora_alpha": (32.0,    128.0),
-    "steps":      (100,     None),                                              # None: one epoch
-    "batch":      (24,      64),
-    "accumulate": (1,       64),
-    "warmup":     (10,      0),
-    "save_every": (50,      100),
-    "checkpointing": (False, True),
-    "together":   (True,    True),
-    "dtype":      ("fp32",  "bf16"),
-    "compile":    (False,   torch.cuda.is_available()),
-    "ema":        (0.0,     0.0),
+    #                 toy           Wan
+    "lr":            (3e-4,         5e-6),
+    "lora_rank":     (16,           64),
+    "lora_alpha":    (32.0,         128.0),
+    "steps":         (100,          None),                                      # None: one epoch
+    "batch":         (24,           64),
+    "accumulate":    (1,            64),
+    "warmup":        (10,           0),
+    "save_every":    (50,           100),
+    "frames":        (FRAMES,       81),
+    "size":          ((SIZE, SIZE), (480, 832)),
+    "dtype":         ("fp32",       "bf16"),
+    "checkpointing": (False,        True),
+    "decoupled":     (False,        None),                                      # None: rehearse decides
+    "compile":       (False,        torch.cuda.is_available()),
+    "ema":           (0.0,          0.0),
 }
 TOY_LR = {"sft": 1e-3, "rwr": 1e-3}                                             # where it is not Flow-DPO's
-PRETRAIN = dict(lr=2e-3, lora_rank=0, lora_alpha=0.0, steps=3000, batch=24, accumulate=1, warmup=50,
-                save_every=500, checkpointing=False, together=True, dtype="fp32", compile=False, ema=0.998)
+PRETRAIN = dict(lr=2e-3, lora_rank=0, lora_alpha=0.0, steps=3000, warmup=50, save_every=500, ema=0.998)
 
 
 @dataclass
@@ -77,10 +82,11 @@ class Args:
     ema: float | None = None                # decay of the averaged weights that are saved; 0 is off
     dtype: Literal["fp32", "bf16"] | None = None  # of the linear maps; norms, time, head, adapters are fp32
     checkpointing: bool | None = None       # activation checkpointing; unset: for Wan
-    together: bool | None = None          # both videos of a pair in one pass; unset: where they fit in memory
+    decoupled: bool | None = None           # one video of a pair at a time; unset: where both don't fit
     compile: bool | None = None             # torch.compile the blocks; unset: for Wan on CUDA
-    frames: Count = 81                      # Wan: frames of each video, at 16 per second; 4k + 1
-    size: Size = (480, 832)                 # Wan: height and width, multiples of 16
+    shard: bool = False           # torchrun: split Wan's weights over the GPUs (FSDP2), for what does not fit
+    frames: Count | None = None             # Wan: frames of each video, at 16 per second; 4k + 1
+    size: Size | None = None                # Wan: height and width, multiples of 16
     cache: str = "runs/cache"               # Wan: folder of the encoded videos and prompts
     skip_bad: bool = False                  # leave out pairs whose videos cannot be used
     seed: Seed = 0                          # of pairs, order, t and noise
@@ -100,12 +106,17 @@ def check(args, world):
         recipe["lr"] = TOY_LR.get(args.loss, recipe["lr"])
     if args.lora_rank == 0:                                              # steps of all weights vanish in bf16
         recipe["dtype"] = "fp32"
-    fill(args, PRETRAIN if pretrains else recipe)
+    fill(args, recipe | (PRETRAIN if pretrains else {}))
     fill(args, {"out": f"runs/{args.loss}", "labels": "human" if args.pairs else "reward"})
+    world.latent_shape(args.frames, args.size)                                  # refuses what cannot be
     if args.lora_rank < 0 or args.tau <= 0:
         raise UserError(f"--lora_rank {args.lora_rank}, --tau {args.tau}: give 0 or more, --tau more than 0")
     if not args.lora_rank and args.dtype == "bf16":
         raise UserError("--dtype bf16 is too coarse for the steps of all weights: set --lora_rank above 0")
+    if args.batch % RANKS:
+        raise UserError(f"--batch {args.batch} cannot be shared out evenly: take a multiple of {RANKS}")
+    if args.shard and (RANKS == 1 or world.name == "shapes" or not args.lora_rank or args.ema):
+        raise UserError("--shard is for LoRA on Wan under torchrun, and works without --ema")
     if pretrains and (args.lora_rank or args.pairs):
         raise UserError("--loss pretrain trains all weights, on Shapes world: leave --lora_rank, --pairs out")
     if args.loss == "rwr" and args.labels == "human":
@@ -120,21 +131,31 @@ def check(args, world):
 def policy_and_reference(args, device):
     """(model to train, context manager that gives the frozen reference).
 
-    A model that was trained with LoRA first has its adapters folded in. With LoRA the reference is the model
-    with its new adapters off; without, a frozen copy.
+    With LoRA the reference is the model with its new adapters off: those of earlier rounds stay on. Without,
+    it is a frozen copy.
     """
-    start = load_model(args.model, torch.float32 if args.dtype == "fp32" else torch.bfloat16).to(device)
-    merge_lora(start)
+    start = load_model(args.model, torch.float32 if args.dtype == "fp32" else torch.bfloat16)
+    start = start if args.shard else start.to(device)                      # sharding moves it, block by block
     if args.lora_rank:
         model = add_lora(start, args.lora_rank, args.lora_alpha, seed=args.seed)
         reference = partial(lora_disabled, model)
     else:
-        model, reference = copy.deepcopy(start).requires_grad_(True), partial(nullcontext, start)
+        model, reference = copy.deepcopy(merge_lora(start)).requires_grad_(True), partial(nullcontext, start)
     for block in model.blocks:
         block.checkpointing = args.checkpointing
+    if args.shard:
+        shard(model)
     if args.compile:
         model.compile_blocks()
     return model, reference
+
+
+def move(args, model, reference, device):
+    """Put the policy and the reference on a device, but for sharded ones, which stay."""
+    if not args.shard:
+        with reference() as frozen:
+            model.to(device)
+            frozen.to(device)
 
 
 def label(args, world, pairs, device):
@@ -167,30 +188,105 @@ def label(args, world, pairs, device):
     return pairs.winner_first(order), usable, None if r is None else r.gather(1, order)
 
 
-def velocity_errors(model, x0, text, t, eps, together=True):
+def velocity_errors(model, x0, text, t, eps):
     """Velocity errors (B, K) of videos x0 (B, K, C, T, H, W), K of them sharing text (B, S, D), t (B,) and
-    eps; in one forward pass, or one after the other, which holds less memory at a time.
+    eps, in one forward pass.
     """
-    if not together:
-        return torch.cat([velocity_errors(model, x, text, t, eps) for x in x0.split(1, dim=1)], dim=1)
     B, K = x0.shape[:2]
     t, eps, text = (y.repeat_interleave(K, dim=0) for y in (t, eps, text))
     x0 = x0.flatten(0, 1)
     return velocity_error(model(mix(x0, eps, t), t, text), eps - x0).view(B, K)
 
 
+def error_pairs(model, x0, text, t, eps, decoupled):
+    """Yield (err_w, err_l), (B,) each, of the winner and the loser x0 (B, 2, C, T, H, W), such that the
+    gradients of a loss of each add up to the loss's own.
+
+    Together, that is once. Decoupled, the gradient of a function of two arguments is taken as the sum of its
+    partial ones: the winner's error with a graph beside the loser's value, whose graph is freed by the
+    caller's backward, and then the other way round. It holds half the activations, for one more forward of
+    one video.
+    """
+    if not decoupled:
+        yield velocity_errors(model, x0, text, t, eps).unbind(1)
+        return
+    with torch.no_grad():
+        value_l = velocity_errors(model, x0[:, 1:], text, t, eps)[:, 0]
+    err_w = velocity_errors(model, x0[:, :1], text, t, eps)[:, 0]
+    yield err_w, value_l
+    yield err_w.detach(), velocity_errors(model, x0[:, 1:], text, t, eps)[:, 0]
+
+
+def rehearse(args, world, model, reference, steps, device):
+    """Take two micro-batches of random latents through policy, reference and backward, before any video is
+    encoded, and print the hours and the memory that training will take; no weight moves.
+
+    Where args.decoupled is unset it is decided here, from a decoupled micro-batch: both videos of a pair go
+    through the model at once where twice its activations fit into 0.9 of the memory.
+    """
+    g, B = rng("rehearsal"), 2 * args.batch if args.loss == "sft" else args.batch
+    b, shape = len(micro_batches(B, args.accumulate)[0]), world.latent_shape(args.frames, args.size)
+    x0, text, t, eps = (y.to(device) for y in (
+        torch.randn(b, 1 if args.loss == "sft" else 2, *shape, generator=g),
+        torch.randn(b, world.text_len, model.config.text_dim, generator=g),
+        torch.rand(b, generator=g), torch.randn(b, *shape, generator=g)))
+
+    def seconds(decoupled):
+        """How long the second of two micro-batches takes: the first compiles."""
+        for _ in range(2):
+            tic = time.time()
+            if args.loss == "dpo":
+                with torch.no_grad(), reference() as frozen:
+                    velocity_errors(frozen, x0, text, t, eps)
+                for err_w, err_l in error_pairs(model, x0, text, t, eps, decoupled):
+                    (err_w - err_l).sum().backward()
+            else:
+                for x in x0.split(1, dim=1) if decoupled else [x0]:
+                    velocity_errors(model, x, text, t, eps).sum().backward()
+            if device == "cuda":
+                torch.cuda.synchronize()
+        return time.time() - tic
+
+    before, total = memory(device)
+    spent, peak = seconds(args.decoupled is not False), memory(device)[0]
+    held = 4 * (3 if args.ema else 2) * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = held / RANKS if args.shard else held                               # Adam's moments and the average
+    if args.decoupled is None:
+        both = before + held + 2 * (peak - before)
+        args.decoupled = args.loss != "sft" and any(all_gather(both > 0.9 * total))
+        if not args.decoupled:
+            spent, peak = seconds(False), memory(device)[0]
+    model.zero_grad()
+    minutes = spent * len(micro_batches(B, args.accumulate)) * steps / 60
+    one = ", one video of a pair at a time" if args.decoupled else ""
+    print(f"{spent:.2f} s a micro-batch{one}; {steps} steps take about "
+          + (f"{minutes / 60:.1f} hours" if minutes > 60 else f"{minutes:.1f} minutes")
+          + f" and {(peak + held) / 1e9:.1f} of {total / 1e9:.0f} GB")
+
+
+def memory(device):
+    """(the most bytes that this process held so far, all there are)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, (
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
 # ---- alignment ----
 
 def align(args, world, device):
     """Align a model with preferences; returns what eval.json holds."""
-    pairs = world.read(args, labelled=args.labels == "human")
+    pairs = world.read(args, labelled=args.labels == "human")                  # refuse first; then the folder
     run = Run(args, device)
     report_pairs(pairs, () if args.pairs else prompts_of(args.split))
-    pairs, usable, r = label(args, world, world.encode(pairs, args), device)
     model, reference = policy_and_reference(args, device)
+    B = 2 * args.batch if args.loss == "sft" else args.batch           # 2 x batch videos a step, in each loss
+    rehearse(args, world, model, reference, args.steps or -(-len(pairs) // B), device)
+    move(args, model, reference, "cpu")                                         # encoders need the memory
+    pairs, usable, r = label(args, world, world.encode(pairs, args), device)
+    move(args, model, reference, device)
     average = copy.deepcopy(model) if args.ema else None
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr, fused=True)
-    B = 2 * args.batch if args.loss == "sft" else args.batch         # every loss sees 2 x batch videos a step
     steps = args.steps = args.steps or -(-len(usable) // B)                     # one epoch
     if args.loss == "dpo":
         print(beta_elsewhere(args.beta, world.latents(pairs, [0])[0, 0].numel()))
@@ -198,31 +294,36 @@ def align(args, world, device):
     for step in run.steps(steps, model=model, average=average, optimizer=optimizer):
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(step, steps, args.warmup)
         rows = usable[step_rows(len(usable), B, args.seed, step)]
-        if args.loss == "rwr":   # exp(r / tau) of the whole step's videos: what Flow-RWR makes of errors of 1
-            weights = flow_rwr(torch.ones(2 * B), r[rows].flatten(), args.tau).view(B, 2)
+        if args.loss == "rwr":          # exp(r / tau) over the whole step: what Flow-RWR makes of errors of 1
+            weights = flow_rwr(torch.ones(2 * B), r[rows].flatten(), args.tau).view(B, 2).to(device)
         for places in micro_batches(B, args.accumulate):
             ids = rows[places]                                                  # the noise is the row's own
             x0, text = world.latents(pairs, ids).to(device), world.text(pairs, ids).to(device)
             t, eps = (y.to(device) for y in draw_noise(x0.shape[2:], args.seed, step, ids.tolist()))
             if args.loss == "dpo":
-                err_w, err_l = velocity_errors(model, x0, text, t, eps, args.together).unbind(1)
                 with torch.no_grad(), reference() as frozen:
-                    ref_w, ref_l = velocity_errors(frozen, x0, text, t, eps, args.together).unbind(1)
+                    ref_w, ref_l = velocity_errors(frozen, x0, text, t, eps).unbind(1)
                 beta = beta_schedule(args.beta, t, args.beta_schedule)
-                loss = flow_dpo(err_w, err_l, ref_w, ref_l, beta)
+                for err_w, err_l in error_pairs(model, x0, text, t, eps, args.decoupled):
+                    loss = flow_dpo(err_w, err_l, ref_w, ref_l, beta)
+                    (loss.sum() / B).backward()
                 gap_w, gap_l = err_w - ref_w, err_l - ref_l
                 logit = beta / 2 * (gap_l - gap_w)                              # loss = -log sigmoid(logit)
                 run.see(t=t, loss=loss, gap_w=gap_w, gap_l=gap_l, err_ref_w=ref_w, logit=logit)
             elif args.loss == "rwr":
-                err = velocity_errors(model, x0, text, t, eps, args.together)
-                loss = (weights[places].to(device) * err).mean(1)
+                loss = 0
+                for k in ([0], [1]) if args.decoupled else ([0, 1],):         # its two videos are independent
+                    err = velocity_errors(model, x0[:, k], text, t, eps)
+                    part = (weights[places][:, k] * err).sum(1) / 2
+                    (part.sum() / B).backward()
+                    loss = loss + part.detach()
                 run.see(t=t, loss=loss)
             else:
                 loss = flow_sft(velocity_errors(model, x0[:, :1], text, t, eps)[:, 0])
+                (loss.sum() / B).backward()
                 run.see(t=t, loss=loss)
-            (loss.sum() / B).backward()
         add_gradients(model.parameters())
-        grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = unshard(clip_grad_norm_(model.parameters(), args.max_grad_norm))
         run.check(pairs.where(rows), grad_norm)                                 # before a weight moves
         optimizer.step()
         optimizer.zero_grad()
@@ -378,13 +479,13 @@ def finish(args, world, run, model, reference):
     start model's or, pretrained, against videos such as it learnt from. Returns what eval.json holds.
     """
     model.eval()
-    metadata = {"command": command(args), "seed": str(args.seed), **world.metadata()}
+    metadata = {"command": command(args), "seed": str(args.seed), **world.metadata}
     if args.lora_rank:
         save_lora(model, run.folder / "lora.safetensors", metadata | {"start": start_of(args.model)})
     else:
         dtype = torch.float16 if reference is None else None                    # the base ships in 16 bit
         model.save_pretrained(run.folder / "transformer", metadata, dtype)
-    if world.name == "wan":
+    if world.truth is None:
         peak = torch.cuda.max_memory_allocated() if next(model.parameters()).is_cuda else None
         print("" if peak is None else f"peak memory {peak / 1e9:.1f} GB; ", end="")
         start = "base" if args.lora_rank else args.model
