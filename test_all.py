@@ -39,7 +39,8 @@ import train_align
 import train_reward
 from data import DEFECTS, DIMS, GROUND, PROMPTS, attributes, oracle, render, rng, to_uint8
 from losses import beta_schedule, bt, btt, flow_dpo, flow_rwr, flow_sft, masked_mean, mix, regression, velocity_error
-from model import PRESETS, VideoDiT, add_lora, load_lora, lora_disabled, rotary, rotate, save_lora
+from data import normalised, with_overall
+from model import PRESETS, UserError, VideoDiT, add_lora, load_lora, lora_disabled, rotary, rotate, save_lora
 from sample import cfg, euler, nrg, timesteps
 
 HERE = Path(__file__).parent
@@ -357,10 +358,11 @@ def test_the_split_is_even_and_disjoint():
 def test_annotators_tie_as_often_as_people_and_mostly_agree_with_the_oracle():
     pairs = data.toy_pairs(600, "train", seed=0)
     assert all(0.4 <= x <= 0.6 for x in (pairs.label == 0).float().mean(0).tolist())
-    d = data.with_overall(pairs.score[:, 0]) - data.with_overall(pairs.score[:, 1])
+    score = data.true_scores(pairs)
+    d = with_overall(normalised(score[:, 0])) - with_overall(normalised(score[:, 1]))
     assert all(0.8 < reward.accuracy_without_ties(pairs.label[:, k], d[:, k]) < 0.97 for k in range(4))
     assert pairs.mos.unique().tolist() == [1, 2, 3, 4, 5]
-    assert np.corrcoef(pairs.mos[..., 1].flatten(), pairs.score[..., 1].flatten())[0, 1] > 0.8
+    assert np.corrcoef(pairs.mos[..., 1].flatten(), score[..., 1].flatten())[0, 1] > 0.8
     assert {data.split_of(p) for p in pairs.prompts} == {"train"}
     again = data.toy_pairs(600, "train", seed=0)
     assert torch.equal(pairs.videos, again.videos) and torch.equal(pairs.label, again.label)
@@ -371,7 +373,7 @@ def test_winner_and_loser_one_after_the_other_give_the_same_gradient():
     x0, (eps, t, text) = torch.randn(2, 2, 3, 4, 8, 8, generator=g), random_batch()
     grads = []
     for together in (True, False):
-        err = train_align.errors(m, x0, text, t, eps, together)
+        err = train_align.velocity_errors(m, x0, text, t, eps, together)
         assert err.shape == (2, 2)
         grads.append((err, *torch.autograd.grad((err[:, 0] - 2 * err[:, 1]).sum(), list(m.parameters()))))
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*grads))
@@ -381,9 +383,10 @@ def test_label_noise_blurs_labels_and_points():
     right, error = {}, {}
     for noise in (0.1, 1.0, 10.0):
         pairs = data.toy_pairs(400, "train", seed=0, noise=noise)
-        d = pairs.score[:, 0, 1] - pairs.score[:, 1, 1]
+        score = data.true_scores(pairs)
+        d = score[:, 0, 1] - score[:, 1, 1]
         right[noise] = reward.accuracy_without_ties(pairs.label[:, 1], d)
-        error[noise] = (pairs.mos - (1 + 4 * pairs.score)).abs().mean().item()
+        error[noise] = (pairs.mos - (1 + 4 * score)).abs().mean().item()
     assert right[0.1] > 0.94 > right[1.0] > 0.75 > right[10.0] and error[0.1] < 0.3 < error[1.0] < 1 < error[10.0]
 
 
@@ -428,7 +431,7 @@ def test_read_pairs_understands_the_authors_csv_genai_bench_and_chosen_rejected(
     nan = float("nan")
     pairs = data.read_pairs(tmp_path / "authors.csv")
     assert pairs.prompts == ["a cat, asleep", "a dog"] and pairs.lines == [2, 3]
-    assert pairs.paths[0] == (tmp_path / "v/a.mp4", tmp_path / "v/b.mp4")
+    assert pairs.videos[0] == (tmp_path / "v/a.mp4", tmp_path / "v/b.mp4")
     assert torch.equal(pairs.label.nan_to_num(9), torch.tensor([[1, 0, nan, nan], [-1, nan, 1, nan]]).nan_to_num(9))
     assert pairs.mos[0, :, 0].tolist() == [4, 2.5] and pairs.mos.isnan().sum() == 10
 
@@ -464,10 +467,10 @@ def test_read_pairs_understands_the_authors_csv_genai_bench_and_chosen_rejected(
 def test_a_bad_pairs_file_ends_in_one_line(text, says, tmp_path, capsys):
     write_clips(tmp_path, ["a.mp4"])
     (tmp_path / "pairs.csv").write_bytes(text.encode("latin-1"))
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError) as stop:
         data.read_pairs(tmp_path / "pairs.csv")
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and re.search(says, said), said
+    said = str(stop.value)
+    assert "\n" not in said.replace("a\nb.mp4", "") and re.search(says, said), said
 
 
 def test_video_info_counts_without_decoding(tmp_path):
@@ -590,7 +593,7 @@ def test_loading_gives_the_scores_of_the_unmerged_model_in_every_layout(qwen, tm
 
     unmerged = reward.VideoReward.from_base(root / "base", template=root / "prompt_template.py").trainable().eval()
     unmerged.load_state_dict(truth | {"rows": truth[reward.EMBEDDING][unmerged.token_ids]})
-    assert torch.allclose(unmerged.score(clips(qwen, "a", "b"), prompts, normalise=False), r, atol=1e-5)
+    assert torch.allclose(unmerged.score(clips(qwen, "a", "b"), prompts, normalise=False), r, atol=1e-4)
 
     for name, new in (("new", True), ("adapter", False), ("adapter_new", True)):
         shutil.copytree(root / "released", tmp_path / name)
@@ -635,7 +638,7 @@ def test_vq_and_mq_cannot_see_the_prompt_and_a_batch_is_one_by_one(qwen):
     assert (r[0] - r[1]).abs().min() > 1e-4
 
 
-@pytest.mark.parametrize("how", ["diagonal", "last", "mean"])
+@pytest.mark.parametrize("how", ["diagonal", "last"])
 def test_three_outputs_and_the_other_reward_tokens(qwen, how):
     own = reward.VideoReward.from_base(qwen[0] / "base", "special" if how == "diagonal" else how)
     own.rm_head.weight.data = torch.nn.init.normal_(torch.empty(3, 32))
@@ -645,7 +648,7 @@ def test_three_outputs_and_the_other_reward_tokens(qwen, how):
                              position_ids=torch.arange(ids.shape[1]).expand(3, 2, -1)).last_hidden_state)
     for b, n in enumerate(mask.sum(1).tolist()):
         at = [ids[b].tolist().index(i) for i in own.token_ids]
-        expected = {"diagonal": lambda: h[b, at, [0, 1, 2]], "last": lambda: h[b, n - 1], "mean": lambda: h[b, :n - 1].mean(0)}[how]()
+        expected = {"diagonal": lambda: h[b, at, [0, 1, 2]], "last": lambda: h[b, n - 1]}[how]()
         assert torch.allclose(own(ids, mask, patches, grids)[b], expected, atol=1e-4)
     assert mask.sum(1).unique().numel() == 2 and (how == "diagonal") == (reward.TOKENS[0] in own.settings["template"])
 
@@ -757,9 +760,8 @@ def test_interrupted_scoring_goes_on_and_nothing_is_scored_twice(qwen, tmp_path,
     shutil.copy(videos[1], tmp_path / "a.mp4")
     other = reward.VideoReward.from_pretrained(qwen[0] / "released", template=qwen[0] / "prompt_template.py", dtype=torch.bfloat16)
     assert other.identity != own.identity and (reward.score_videos(other, videos, prompts, cache) - plain).abs().max() > 1e-6
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="gone.mp4 cannot be read"):
         reward.score_videos(own, [tmp_path / "gone.mp4"], ["x"], cache)
-    assert "gone.mp4 cannot be read" in capsys.readouterr().err
 
 
 def prefs(qwen, path, mos=True):
@@ -834,7 +836,7 @@ BAD_QWEN = [
     (reward, "--video {clip} --prompt p --ckpt nobody/nothing", "does not exist"),
     (reward, "--video {clip} --prompt p --ckpt {base}", "finished run"),
     (reward, "--video {clip} --prompt p --ckpt {released} --template {template} --base {root}/released", "is not a Qwen2-VL"),
-    (reward, "--video {clip} --prompt p --ckpt {odd} --template {template}", "sample_type = 'multi_pts'"),
+    (reward, "--video {clip} --prompt p --ckpt {odd} --template {template}", "only sample_type = 'uniform' is known, not 'multi_pts'"),
     (reward, "--video {clip} --prompt p --ckpt {cut} --template {template}", "model.pth cannot be read"),
     (reward, "--video {clip} --prompt p --ckpt {short} --template {template}", "does not fit the model: missing"),
     (reward, "--video {clip} --prompt p --ckpt {evil} --template {template}", "model.pth cannot be read"),
@@ -867,8 +869,8 @@ def test_bad_input_of_a_video_reward_ends_in_one_line_and_status_2(script, argv,
         else:
             torch.save({} if name == "short" else {"x": Path("a class that no tensor file needs")}, file)
     with pytest.raises(SystemExit) as stop:
-        script.main(data.parse_args(script.Args, script.__doc__, shlex.split(argv.format(**names)) + ["--out", str(tmp_path / "run")] * (script is train_reward)))
-    said = capsys.readouterr().err.strip().splitlines()
+        data.launch(script.main, script.Args, script.__doc__, shlex.split(argv.format(**names)) + ["--out", str(tmp_path / "run")] * (script is train_reward))
+    said = re.sub(r"[^\n]*\r", "", capsys.readouterr().err).strip().splitlines()
     assert stop.value.code == 2 and len(said) == 1 and said[0].startswith("error:") and says in said[0], said
 
 
@@ -923,7 +925,7 @@ def test_each_objective_trains_and_its_loss_falls(runs, name, changes):
         assert {"implicit_acc", "margin", "gap_w", "gap_l"} <= set(events[0]) and events[-1]["implicit_acc"] > 0.5
     config = json.loads((runs / name / "config.json").read_text())
     again = data.parse_args(train_align.Args, "", shlex.split(config["command"])[2:])
-    train_align.check(again)
+    train_align.check(again, data.Shapes())
     assert json.loads(json.dumps(vars(again))) == config["args"]
     assert {p.name for p in (runs / name).iterdir()} >= {"config.json", "log.jsonl", "eval.json", "samples.png"}
     assert sample.load_model(runs / name)(*random_batch()).isfinite().all()
@@ -960,23 +962,27 @@ def test_two_processes_give_the_losses_and_videos_of_one(runs, tmp_path):
 def test_human_labels_decide_by_sign_and_drop_ties():
     pairs = data.toy_pairs(60, "train", 0)
     args = train_align.Args(labels="human", dim_w=(0.0, 1.0, 0.0))
-    rows, order, r = train_align.label_pairs(args, pairs, None)
+    ordered, rows, r = train_align.label(args, data.Shapes(), pairs, "cpu")
     assert r is None and torch.equal(rows, (pairs.label[:, 1] != 0).nonzero()[:, 0])
-    assert torch.equal(order[rows, 0], (pairs.label[rows, 1] < 0).long())
+    b_wins = (pairs.label[:, 1] < 0).long()
+    assert (ordered.label[rows, 1] == 1).all()
+    assert all(torch.equal(ordered.videos[i, 0], pairs.videos[i, b_wins[i]]) for i in rows)
     args.labels = "oracle"
-    rows, order, r = train_align.label_pairs(args, pairs, None)
+    ordered, rows, r = train_align.label(args, data.Shapes(), pairs, "cpu")
     assert len(rows) == 60 and (r[:, 0] >= r[:, 1]).all()
 
 
-def test_on_policy_pairs_are_the_best_and_worst_of_the_models_own_videos_round_after_round(runs, capsys):
-    args = align_args(runs, "round1", pairs="generate", labels="oracle", n_pairs=6, samples=3, steps=4)
-    pairs = train_align.generated_pairs(args, None)
-    assert {data.split_of(prompt) for prompt in pairs.prompts} == {"train"}
-    own = sample.toy_videos(sample.load_model(runs / "base"), [p for p in pairs.prompts for _ in range(3)], "on-policy 0", 2)
-    r = data.with_overall(oracle(own, [p for p in pairs.prompts for _ in range(3)]))[:, 3].view(6, 3)
-    own = to_uint8(own).view(6, 3, *own.shape[1:])
-    for i in range(6):
-        assert torch.equal(pairs.videos[i], own[i, [r[i].argmax(), r[i].argmin()]])
+def test_on_policy_pairs_are_the_best_and_worst_of_the_models_own_videos_round_after_round(runs):
+    sample.main(sample.Args(ckpt=str(runs / "base"), prompts="train", n_per_prompt=4, steps=2, cfg=1.0, reward="oracle", out=str(runs / "own")))
+    pairs = data.Shapes().encode(data.read_pairs(runs / "own/pairs.csv"), train_align.Args())
+    assert pairs.prompts == data.prompts_of("train")
+    prompts = [p for p in pairs.prompts for _ in range(4)]
+    own = sample.toy_videos(sample.load_model(runs / "base"), prompts, 0, 2)
+    r = data.overall(normalised(oracle(own, prompts))).view(-1, 4)
+    own = to_uint8(own).view(-1, 4, *own.shape[1:])
+    for i in range(len(pairs)):
+        assert (pairs.videos[i].float() - own[i, [r[i].argmax(), r[i].argmin()]].float()).abs().mean() < 6
+    args = align_args(runs, "round1", pairs=str(runs / "own/pairs.csv"), labels=None, steps=4)
     train_align.main(args)
     again = replace(args, model=str(runs / "round1"), out=str(runs / "round2"))
     result = train_align.main(again)
@@ -987,12 +993,11 @@ def test_on_policy_pairs_are_the_best_and_worst_of_the_models_own_videos_round_a
         assert torch.allclose(m(xt, t, text), start(xt, t, text), atol=1e-5)
     assert not torch.allclose(m(xt, t, text), start(xt, t, text), atol=1e-5)
     assert sample.main(sample.Args(ckpt=str(runs / "round2"), cfg=1.0, steps=2, against=str(runs / "base"), eval=4, out=str(runs / "rounds")))["n"] == 4
-    with pytest.raises(SystemExit):                                             # a third in place of the first, which the second needs
+    with pytest.raises(UserError):                                              # a third in place of the first, which the second needs
         train_align.main(replace(args, model=str(runs / "round2"), out=str(runs / "round1")))
     train_align.main(replace(args, seed=1))                                     # another first: the second stands on nothing now
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="which is another model now"):
         sample.load_model(runs / "round2")
-    assert "which is another model now" in capsys.readouterr().err
 
 
 def test_the_distance_is_the_mean_squared_difference_of_velocities():
@@ -1006,7 +1011,7 @@ def test_the_distance_is_the_mean_squared_difference_of_velocities():
     assert train_align.distance(moved, reference, videos, PROMPTS * 2, 0) == pytest.approx(9 * t.square().mean().item(), rel=1e-5)
 
 
-def test_flawless_videos_close_the_whole_gap_and_the_start_none_of_it():
+def test_flawless_videos_close_the_whole_gap_and_the_start_none_of_it(capsys):
     prompts, g = PROMPTS[:36], rng(0)
     flawed = data.render_as(torch.arange(36) % 12, prompts, g).float()
     clean = render(attributes(prompts), torch.zeros(36, len(DEFECTS)), g).float()
@@ -1021,12 +1026,14 @@ def test_flawless_videos_close_the_whole_gap_and_the_start_none_of_it():
                     "gap_closed": dict(VQ=0.0, MQ=0.01, TA=0.5, Overall=-0.1)}
     part |= {"oracle": dict(VQ=0.3, MQ=0.4, TA=0.5), "oracle_start": dict(VQ=0.2, MQ=0.5, TA=0.8), "oracle_clean": other["oracle_clean"],
              "distance": 0.25, "gap_closed": dict(VQ=1.0, MQ=0.03, TA=0.3, Overall=-0.2)}
-    said = sample.score_table({"half": [part, other], "alone": [other]}).splitlines()
-    assert said[2] == "| start | 0.10 ± 0.14 | 0.50 ± 0.00 | 0.90 ± 0.14 | | |"
+    sample.print_scores({"half": [part, other], "alone": [other]})
+    said = capsys.readouterr().out.strip().splitlines()
+    assert said[2].replace("start of half", "start") == "| start | 0.10 ± 0.14 | 0.50 ± 0.00 | 0.90 ± 0.14 | | |"
     assert said[3] == "| start of alone | 0.00 | 0.50 | 1.00 | | |"
     assert said[4] == "| half | 0.20 ± 0.14 (50 ± 71) | 0.30 ± 0.14 (2 ± 1) | 0.40 ± 0.14 (40 ± 14) | (-15 ± 7) | 0.3750 ± 0.1768 |"
     assert said[5] == "| alone | 0.10 (0) | 0.20 (1) | 0.30 (50) | (-10) | 0.5000 |"
-    said = sample.score_table({"this": [part], "that": [part]}).splitlines()
+    sample.print_scores({"this": [part], "that": [part]})
+    said = capsys.readouterr().out.strip().splitlines()
     assert said[2] == "| start | 0.20 | 0.50 | 0.80 | | |" and len(said) == 6
     assert said[5] == "| flawless | " + " | ".join(f"{part['oracle_clean'][dim]:.2f}" for dim in DIMS) + " | | |"
 
@@ -1043,22 +1050,25 @@ def test_numbers_of_runs_are_drawn_and_a_wrong_name_ends_in_one_line(runs, capsy
     common = dict(ckpt=str(runs / "base"), steps=1, nrg=str(runs / "noisy"), eval=4)
     for scale in (1.0, 30.0):
         sample.main(sample.Args(**common, rg_scale=scale, out=str(runs / f"scale{scale:g}")))
-    args = sample.Args(compare=[str(runs / "scale1"), str(runs / "scale30")], x="rg_scale", y=["win_rate/VQ", "oracle/VQ"], by=["steps"],
+    args = sample.Compare(compare=[str(runs / "scale1"), str(runs / "scale30")], x="rg_scale", y=["win_rate/VQ", "oracle/VQ"], by=["steps"],
                        out=str(runs / "drawn.png"))
     results = {float(scale): json.loads((runs / f"scale{scale}/eval.json").read_text()) for scale in (1, 30)}
-    assert sample.main(args) == {f"{y}, steps 1": {scale: [result[y.split("/")[0]]["VQ"]] for scale, result in results.items()}
+    assert sample.compare(args) == {f"{y}, steps 1": {scale: [result[y.split("/")[0]]["VQ"]] for scale, result in results.items()}
                                  for y in args.y}
     assert (runs / "drawn.png").read_bytes()[:4] == b"\x89PNG"
-    sample.main(replace(args, by=[], out=str(runs / "one.png")))
+    sample.compare(replace(args, by=[], out=str(runs / "one.png")))
+    (runs / "broken").mkdir()
+    (runs / "broken/config.json").write_text('{"args": {}}')
+    (runs / "broken/eval.json").write_text("{}")
     capsys.readouterr()
-    for wrong, said in ((dict(y=["win_rate/XQ"]), "win_rate/XQ, steps cannot be drawn: 'XQ'"), (dict(y=["win_rate"]), "cannot be drawn"),
+    for wrong, said in ((dict(y=["win_rate/XQ"]), "cannot be drawn: 'XQ'"), (dict(y=["win_rate"]), "cannot be drawn"),
                         (dict(x="nrg"), "could not convert"), (dict(out=str(runs / "drawn")), "draws one .png"),
-                        (dict(x="", compare=[str(runs / "noisy"), str(runs / "scale1")]), "takes runs with win rates"),
+                        (dict(x="", y=[], compare=[str(runs / "broken")]), "takes runs that have win rates"),
                         (dict(out=str(runs / "gone" / "a.png")), "in a folder that exists")):
-        with pytest.raises(SystemExit) as e:
-            sample.main(replace(args, **wrong))
-        assert e.value.code == 2 and said in capsys.readouterr().err
-    sample.main(sample.Args(compare=[str(runs / "reward"), str(runs / "noisy")]))
+        with pytest.raises(UserError) as e:
+            sample.compare(replace(args, **wrong))
+        assert said in str(e.value)
+    sample.compare(sample.Compare(compare=[str(runs / "reward"), str(runs / "noisy")]))
     said = capsys.readouterr().out
     assert re.search(r"ceiling.*\n\| reward \|.*\n\| noisy \|", said)
     ties = json.loads((runs / "noisy/eval.json").read_text())["differences"]["TA"]
@@ -1074,7 +1084,7 @@ def test_sample_writes_videos_guides_evaluates_and_compares(runs):
     assert result["n"] == 18
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        sample.main(sample.Args(compare=[str(runs / "nrg"), str(runs / "nrg")]))
+        sample.compare(sample.Compare(compare=[str(runs / "nrg"), str(runs / "nrg")]))
     assert printed.getvalue().count("| nrg | oracle |") == 1 and (runs / "compare.png").exists()
     assert printed.getvalue().count(" ± 0.0 |") == 4 and "| 2 x 18 |" in printed.getvalue()    # one run twice: one row
     scores = reward.main(reward.Args(ckpt=str(runs / "reward"), video=[str(runs / "videos" / "000.mp4")], prompt="a red circle moving left"))
@@ -1083,8 +1093,8 @@ def test_sample_writes_videos_guides_evaluates_and_compares(runs):
 
 def test_without_git_a_run_has_no_commit(runs, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    run = data.start_run(sample.Args(out=str(runs / "no_git")))
-    assert json.loads((run / "config.json").read_text())["commit"] == ""
+    run = data.Run(sample.Args(out=str(runs / "no_git")))
+    assert json.loads((run.folder / "config.json").read_text())["commit"] == ""
 
 
 def test_an_older_run_is_renamed_and_never_overwritten(runs):
@@ -1123,11 +1133,11 @@ def test_the_command_in_config_json_makes_the_same_files_again(name, runs, tmp_p
 BAD = [
     (train_align, "--lss dpo", "did you mean --loss"),
     (train_align, "--loss ppo", "choose from"),
-    (train_align, "--steps many", "invalid int value"),
-    (train_align, "--dim_w 1,1", "takes 3 numbers"),
+    (train_align, "--steps many", "not a whole number above 0"),
+    (train_align, "--dim_w 1,1", "is not 3 numbers"),
     (train_align, "--loss rwr --labels human", "use --labels reward"),
     (train_align, "--model runs/nowhere", "does not exist"),
-    (train_align, "--model {empty}", "finished run"),
+    (train_align, "--model {empty}", "is the run finished"),
     (train_align, "--out {file}/run", "is a file"),
     (train_align, "--model {other}", "does not fit the model"),
     (train_align, "--model {cut}", "cannot be read as safetensors"),
@@ -1137,36 +1147,33 @@ BAD = [
     (train_reward, "--model runs/nowhere", "does not exist"),
     (sample, "", "one thing at a time"),
     (sample, "--eval 4 --prompt p", "one thing at a time"),
-    (sample, "--eval 4 --x beta", "one thing at a time"),
+    (sample, "--eval 4 --x beta", "unknown argument --x"),
     (sample, "--eval 4 --split test", "invalid choice"),
     (train_align, "--lora_rank 0 --dtype bf16", "too coarse"),
     (train_align, "--loss pretrain --lora_rank 4", "trains all weights"),
     (sample, "--prompt 'a dog'", "not a prompt of Shapes world"),
     (sample, "--ckpt runs/nowhere --eval 4", "does not exist"),
     (sample, "--model {cut} --eval 4", "cannot be read as safetensors"),
-    (sample, "--compare {empty}", "holds no eval.json"),
-    (sample, "--prompt 'a red circle moving left' --reward assets/reward", "have an oracle"),
+    (sample, "--compare {empty}", "config.json cannot be read as JSON"),
+    (sample, "--prompt 'a red circle moving left' --reward assets/reward", "add --against base or --n_per_prompt 4"),
     (sample, "--eval 4 --against base", "this model has none"),
-    (sample, "--compare {broken}", "takes runs with win rates"),
+    (sample, "--compare {wins}", "takes runs that have win rates"),
     (sample, "--prompts gone.csv", "gone.csv"),
-    (sample, "--prompts {twice}", "two prompts would both be"),
     (sample, "--prompts {blank}", "row 3 has no prompt"),
     (train_align, "--steps 0", "above 0"),
     (train_reward, "--save_every 0", "above 0"),
     (sample, "--prompt p --n_per_prompt 0", "above 0"),
     (train_align, "--model {other} --out {other}", "is the model itself"),
     (sample, "--model {other} --out {other} --eval 4", "is the model itself"),
-    (sample, "--eval 4 --size 30,30", "are for a Wan"),
-    (sample, "--eval -1", "one thing at a time"),
-    (train_align, "--seed -1", "give 0 or"),
-    (train_align, "--lora_rank -1", "must not be negative"),
-    (train_align, "--loss rwr --tau 0", "--tau not 0"),
+    (sample, "--eval 4 --size 30,30", "are for Wan"),
+    (sample, "--eval -1", "not a whole number above 0"),
+    (train_align, "--seed -1", "is not 0 or"),
+    (train_align, "--lora_rank -1", "give 0 or more"),
+    (train_align, "--loss rwr --tau 0", "--tau more than 0"),
     (train_align, "--model {pickle}", "cannot be read as safetensors"),
-    (train_align, "--model {layers}", "num_layers = 0 in config.json makes no model"),
+    (train_align, "--model {layers}", "num_layers = 0 is not a valid size"),
     (train_align, "--resume --out {broken}", "config.json cannot be read as JSON"),
     (train_align, "--pairs gone.csv", "gone.csv"),
-    (train_align, "--pairs generate --labels human", "--labels reward or oracle"),
-    (train_align, "--pairs generate --samples 1", "at least --samples 2"),
     (train_reward, "--label_noise 0", "above 0"),
     (train_align, "--pairs {file}", "holds no pairs"),
     (train_align, "--pairs {blank}", "understood are"),
@@ -1192,6 +1199,9 @@ def test_bad_input_ends_in_one_line_and_status_2(script, argv, says, tmp_path, r
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text('{"args": ')
+    (tmp_path / "wins").mkdir()
+    (tmp_path / "wins/config.json").write_text('{"args": {}}')
+    (tmp_path / "wins/eval.json").write_text("{}")
     (tmp_path / "broken/eval.json").write_text("{}")
     (tmp_path / "twice").write_text(f"prompt\n{PROMPTS[0]}\n{PROMPTS[0]}\n")
     (tmp_path / "blank").write_text(f"prompt,x\n{PROMPTS[0]},1\n ,2\n")
@@ -1214,8 +1224,9 @@ def test_bad_input_ends_in_one_line_and_status_2(script, argv, says, tmp_path, r
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         folders = {path.name: path for path in tmp_path.iterdir()} | {"reward": runs / "reward"}
-        script.main(data.parse_args(script.Args, script.__doc__, shlex.split(argv.format(**folders))))
-    said = capsys.readouterr().err.strip().splitlines()
+        compares = "--compare" in argv
+        data.launch(*((sample.compare, sample.Compare) if compares else (script.main, script.Args)), script.__doc__, shlex.split(argv.format(**folders)))
+    said = re.sub(r"[^\n]*\r", "", capsys.readouterr().err).strip().splitlines()
     assert stop.value.code == 2 and says in said[-1] and said[-1].startswith("error:") and len(said) == 1, said
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -1239,12 +1250,13 @@ def test_the_doctor_names_each_disease_once_and_is_silent_on_health(changes, say
 
 def test_the_doctor_reads_logit_and_gradient_factor_off_the_loss():
     logit = torch.tensor([-3.0, 0.0, 0.5, 20.0, 1000.0])
-    stats = torch.stack([torch.rand(5), -torch.nn.functional.logsigmoid(logit), *torch.rand(3, 5)], dim=1)
+    names = ("t", "loss", "gap_w", "gap_l", "err_ref_w", "logit")
+    stats = torch.stack([torch.rand(5), -torch.nn.functional.logsigmoid(logit), *torch.rand(3, 5), logit], dim=1)
     for i in range(4):
-        event = train_align.summary(stats[i:i + 1])
+        event = train_align.summary(names, stats[i:i + 1])
         assert event["logit"] == pytest.approx(abs(logit[i].item()), abs=1e-4)
         assert event["grad_factor"] == pytest.approx(torch.sigmoid(-logit[i]).item(), rel=1e-3)
-    assert np.isfinite(train_align.summary(stats)["logit"])                     # a loss of exactly 0
+    assert np.isfinite(train_align.summary(names, stats)["logit"])                     # a loss of exactly 0
     sft = [dict(step=10 * i, loss=loss) for i, loss in enumerate((0.04, 0.05, 0.09), 1)]
     assert not train_align.diagnose(sft[:2]) and "explode" in train_align.diagnose(sft)[0]
     assert re.search("250 .* 0.0362 .* 13,824 numbers, 0.0181 ", train_align.beta_elsewhere(500.0, 13824))
@@ -1255,12 +1267,12 @@ def test_a_hacked_reward_is_named_and_a_good_run_is_not():
     video = render(attributes(PROMPTS), torch.zeros(len(PROMPTS), len(DEFECTS)), g).float()
     grey, still = video.mean(1, keepdim=True).expand_as(video), video[:, :, :1].expand_as(video)
     rates = lambda x: dict.fromkeys((*DIMS, "Overall"), x)
-    result = {"win_rate": rates(0.8), "win_rate_reward": rates(0.9), "look": sample.look(video), "look_start": sample.look(video)}
-    assert not sample.hacking(result) and sample.look(video[0]).keys() == {"motion", "saturation", "brightness"}
-    assert re.search(r"in 90%, but saturation fell from 0\.\d+ to 0.000$", sample.hacking(result | {"look": sample.look(grey)}))
-    assert re.search(r"but motion fell from 0\.\d+ to 0.000$", sample.hacking(result | {"look": sample.look(still)}))
+    result = {"win_rate": rates(0.8), "win_rate_reward": rates(0.9), "pixels": sample.pixel_statistics(video), "pixels_start": sample.pixel_statistics(video)}
+    assert not sample.hacking(result) and sample.pixel_statistics(video[0]).keys() == {"motion", "saturation", "brightness"}
+    assert re.search(r"in 90%, but saturation fell from 0\.\d+ to 0.000$", sample.hacking(result | {"pixels": sample.pixel_statistics(grey)}))
+    assert re.search(r"but motion fell from 0\.\d+ to 0.000$", sample.hacking(result | {"pixels": sample.pixel_statistics(still)}))
     assert "the oracle prefers them in 30% only" in sample.hacking(result | {"win_rate": rates(0.3)})
-    assert not sample.hacking(result | {"win_rate_reward": rates(0.4), "look": sample.look(grey)})
+    assert not sample.hacking(result | {"win_rate_reward": rates(0.4), "pixels": sample.pixel_statistics(grey)})
 
 
 def test_the_pair_report_counts_ties_agreement_repeats_and_contradictions(tmp_path, capsys):
@@ -1277,7 +1289,7 @@ def test_the_pair_report_counts_ties_agreement_repeats_and_contradictions(tmp_pa
         "VQ: 86% labelled; A 67%, B 17%, ties 17%; where both decide, it agrees with TA 67%",
         "TA: 86% labelled; A 17%, B 50%, ties 33%; where both decide, it agrees with VQ 67%"]
     pairs = data.toy_pairs(40, "train", 0)
-    data.report_pairs(pairs.subset([*range(40), 3]), sample.eval_prompts(18))
+    data.report_pairs(pairs.subset([*range(40), 3]), data.prompts_of("eval"))
     said = capsys.readouterr().out.splitlines()
     assert re.match("41 pairs of 80 videos and .* prompts, 0 of which", said[0]) and "1 pairs occur more than once: 0 in both" in said[1]
 
@@ -1346,18 +1358,16 @@ def test_resume_starts_anew_without_a_state_and_refuses_other_arguments(runs, tm
     main_killed(train_align, replace(args), 1, monkeypatch)
     train_align.main(replace(args, resume=True))
     assert "holds no whole state: starting at step 0" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=re.escape("made by another command (--lr was 0.003, not 1.0)")):
         train_align.main(replace(args, resume=True, lr=1.0))
-    assert "made by another command (--lr was 0.003, not 1.0)" in capsys.readouterr().err
 
 
 def test_ctrl_c_saves_first(runs, tmp_path, monkeypatch, capsys):
     args = replace(align_args(runs, "", n_pairs=8, steps=5, batch=4, eval_n=2, eval_steps=1), out=str(tmp_path / "run"))
     own = train_align.clip_grad_norm_
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="stopped after step 1: the same command with --resume"):
         patch.setattr(train_align, "clip_grad_norm_", lambda *x: (signal.raise_signal(signal.SIGINT), own(*x))[1])
         train_align.main(replace(args))
-    assert "stopped after step 1: the same command with --resume" in capsys.readouterr().err
     train_align.main(replace(args, resume=True))
     assert "going on after step 1" in capsys.readouterr().out
 
@@ -1380,10 +1390,8 @@ def test_numbers_gone_wrong_stop_the_run_and_are_named(script, what, runs, tmp_p
         return calls[-1] * (float("inf") if len(calls) == 4 and what == "gradient" else 1)
     monkeypatch.setattr(script, "draw_noise", draw)
     monkeypatch.setattr(script, "clip_grad_norm_", norm)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError, match="^step 4: loss or gradient is not finite"):
         script.main(replace(args))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and "error: step 4: loss or gradient is not finite" in said[-1]
     facts = json.loads((tmp_path / "run/broken.json").read_text(), parse_constant=pytest.fail)
     assert facts["step"] == 4 and len(facts["rows"]) == len(facts["t"]) == 4 and all(0 <= t < 1 for t in facts["t"])
     if script is train_align:
@@ -1408,12 +1416,12 @@ def good(runs, tmp_path_factory):
     (root / "prompts.csv").write_text("prompt,prompt_shorter\na cat,\na dog that sleeps,dog\n")
     weights = "diffusion_pytorch_model.safetensors"
     model = lambda folder: sample.load_model(folder)(*random_batch())
-    video = lambda path: (data.clip_frames(path, 2), data.read_clip(path, 2, (16, 16)), reward.check_videos([path]), reward.toy_latents(path))
+    video = lambda path: (data.clip_frames(path, 2), data.read_clip(path, 2, (16, 16)), reward.check_videos([path]), data.read_shapes(path))
     return root, {
         "pairs.csv": data.read_pairs, "pairs.jsonl": data.read_pairs, "a.mp4": video,
-        "prompts.csv": lambda path: sample.read_prompts(sample.Args(prompts=str(path))),
+        "prompts.csv": lambda path: sample.read_prompts(sample.Args(prompts=str(path)), None),
         f"base/transformer/{weights}": lambda path: model(path.parents[1]), "base/transformer/config.json": lambda path: model(path.parents[1]),
-        "dpo/config.json": lambda path: (sample.origin(path.parent), model(path.parent)), "dpo/lora.safetensors": lambda path: model(path.parent),
+        "dpo/config.json": lambda path: (data.lineage(path.parent), model(path.parent)), "dpo/lora.safetensors": lambda path: model(path.parent),
         "reward/reward.safetensors": lambda path: reward.load_reward(path.parent)}
 
 
@@ -1486,10 +1494,9 @@ def test_damaged_files_are_read_or_refused_in_one_line(good, capsys, n=12, seed=
             try:
                 read(root / name)
                 outcomes["read"] += 1
-            except (SystemExit, ValueError) as e:
-                said = capsys.readouterr().err if isinstance(e, SystemExit) else f"{e}\n"
-                assert isinstance(e, ValueError) or (e.code == 2 and said.startswith("error: ")), (name, seed, i)
-                assert said.count("\n") == 1 and len(said) > 30, (name, seed, i, said)
+            except UserError as e:
+                said = " ".join(str(e).splitlines())
+                assert len(said) > 30, (name, seed, i, said)
                 outcomes["refused"] += 1
             finally:
                 (root / name).write_bytes(content)
@@ -1553,21 +1560,22 @@ def test_sampling_gives_the_latents_and_frames_of_diffusers_pipeline(wan):
 
 def test_latents_are_encoded_once_and_an_interrupted_encode_goes_on(wan, tmp_path, monkeypatch, capsys):
     pairs, codec = data.read_pairs(wan / "pairs.csv"), data.WanCodec(wan)
-    encoded, own = [], codec.encode
-    monkeypatch.setattr(codec, "encode", lambda x: encoded.append(1) or own(x))
-    first = data.encode(pairs, codec, tmp_path, 5, (32, 48))
-    x0, text = first.latents([0, 2]), first.text([0, 2])
+    encoded, own = [], codec.encode_video
+    monkeypatch.setattr(codec, "encode_video", lambda x: encoded.append(1) or own(x))
+    args = train_align.Args(cache=str(tmp_path), frames=5, size=(32, 48))
+    first = codec.encode(pairs, args)
+    x0, text = codec.latents(first, [0, 2]), codec.text(first, [0, 2])
     assert len(encoded) == 4 and x0.shape == (2, 2, 16, 2, 4, 6) and text.shape == (2, 512, 24)
     assert torch.equal(x0[0, 0], x0[1, 1]) and torch.equal(text[0], text[1])    # one video, one prompt, twice
     pixels = data.read_clip(wan / "v/a.mp4", 5, (32, 48))
     assert torch.equal(x0[0, 0], own(pixels[None])[0].bfloat16().float())
     assert text[0].any(1).sum() == 4                                            # three words and the end, then zeros
 
-    file = first.files[1][0]
+    before, file = codec.latents(first, [0, 1, 2]), codec.cached[first.videos[1][0]]
     file.write_bytes(file.read_bytes()[:-8])                                    # half a file, as a full disk leaves it
-    again = data.encode(pairs, codec, tmp_path, 5, (32, 48))
-    assert len(encoded) == 5 and torch.equal(again.latents([0, 1, 2]), first.latents([0, 1, 2]))
-    data.encode(pairs, codec, tmp_path, 9, (32, 48))                            # other settings, other latents
+    again = codec.encode(pairs, args)
+    assert len(encoded) == 5 and torch.equal(codec.latents(again, [0, 1, 2]), before)
+    codec.encode(pairs, replace(args, frames=9))                            # other settings, other latents
     assert len(encoded) == 9
 
 
@@ -1577,11 +1585,10 @@ def test_a_bad_video_is_named_with_its_row_and_left_out_on_request(wan, tmp_path
     (tmp_path / "v/c.mp4").write_bytes((wan / "v/c.mp4").read_bytes()[:300])
     write_clips(tmp_path, ["v/b.mp4"], frames=1)
     pairs = data.read_pairs(tmp_path / "pairs.csv")
-    with pytest.raises(SystemExit):
-        data.encode(pairs, data.WanCodec(wan), tmp_path / "cache", 5, (32, 48))
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and re.search("row 2: .*b.mp4 lasts 0.12 s, too short for 5 frames", said), said
-    kept = data.encode(pairs, data.WanCodec(wan), tmp_path / "cache", 5, (32, 48), skip_bad=True)
+    args = train_align.Args(cache=str(tmp_path / "cache"), frames=5, size=(32, 48))
+    with pytest.raises(UserError, match="row 2: .*b.mp4 lasts 0.12 s, too short for 5 frames"):
+        data.WanCodec(wan).encode(pairs, args)
+    kept = data.WanCodec(wan).encode(pairs, replace(args, skip_bad=True))
     assert kept.prompts == ["a cat runs"] and kept.lines == [4]
     assert "skipped 2 pairs with 2 bad videos" in capsys.readouterr().out
 
@@ -1592,9 +1599,8 @@ def wan_args(wan, name, **changes):
                                       cache=str(wan / "cache"), out=str(wan / name)), **changes})
 
 
-def test_dpo_on_wan_trains_a_lora_that_diffusers_loads_to_the_same_model(wan, capsys):
+def test_dpo_on_wan_trains_a_lora_that_diffusers_loads_to_the_same_model(wan):
     train_align.main(wan_args(wan, "dpo"))
-    assert re.search(r"expecting about .* GB(.|\n)*s a step: .* hours to go", capsys.readouterr().out)
     first, last = ends(wan / "dpo")
     assert last < first
     tensors = model_file.read_tensors(wan / "dpo/lora.safetensors")[0]
@@ -1615,7 +1621,7 @@ def test_dpo_on_wan_trains_a_lora_that_diffusers_loads_to_the_same_model(wan, ca
 def test_a_second_round_starts_from_an_aligned_wan(wan):
     train_align.main(wan_args(wan, "first", steps=1))
     train_align.main(wan_args(wan, "second", steps=1, model=str(wan / "first")))
-    assert sample.origin(wan / "second") == (str(wan), False)
+    assert data.lineage(wan / "second") == [wan / "second", wan / "first", wan]
     assert sample.load_model(wan / "second")(torch.randn(1, 16, 2, 4, 6), torch.tensor([0.3]), torch.randn(1, 7, 24)).isfinite().all()
 
 
@@ -1635,18 +1641,6 @@ def test_sft_and_dpo_in_bf16_and_checkpointing_on_wan(wan):
     assert all(torch.allclose(plain[k], kept[k], atol=1e-6) for k in plain)
     plain, half = (json.loads((wan / name / "log.jsonl").read_text())["err_ref_w"] for name in ("plain", "half"))
     assert plain != half and plain == pytest.approx(half, rel=0.02)
-
-
-def test_a_wan_sharded_over_two_processes_trains_as_in_one(wan, tmp_path):
-    whole, sharded, parted = (wan_args(wan, name, steps=2, batch=2, accumulate=1, shard=name != "whole",
-                                       together=False if name == "parted" else None) for name in ("whole", "sharded", "parted"))
-    train_align.main(whole)
-    torchrun(tmp_path, [sharded, parted])
-    logs = [json.loads((Path(a.out) / "log.jsonl").read_text()) for a in (whole, sharded, parted)]
-    assert all(np.allclose(logs[0][k], [log[k] for log in logs], rtol=1e-4) for k in ("loss", "grad_norm"))
-    a, b = (model_file.read_tensors(Path(args.out) / "lora.safetensors")[0] for args in (whole, sharded))
-    own = [k for k in a if "self_attn" in k]          # across, some gradients are rounding noise, which Adam makes a step of
-    assert a.keys() == b.keys() and own and all((a[k] - b[k]).abs().max() < 1e-4 for k in own)
 
 
 def test_wan_is_sampled_side_by_side_under_the_names_that_vbench_expects(wan, tmp_path):
@@ -1675,12 +1669,11 @@ def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path, ca
     assert not np.array_equal(plain, guided)
     assert np.array_equal(plain, data.read_video(tmp_path / "out/start/001.mp4")[0])      # the same noise, unguided
     pairs = data.read_pairs(tmp_path / "out/pairs.csv")
-    assert pairs.label[0, 3] == 1 and {path.name for path in pairs.paths[0]} == {"000.mp4", "001.mp4"}
-    sample.write_pairs(tmp_path / "best.csv", list("abcdef"), ["x"] * 3 + ["y"] * 3, torch.tensor([1.0, 3, 2, 6, 5, 4]), 3)
+    assert pairs.label[0, 3] == 1 and {path.name for path in pairs.videos[0]} == {"000.mp4", "001.mp4"}
+    sample.write_pairs(tmp_path / "best.csv", [Path(f"{x}.mp4") for x in "abcdef"], ["x"] * 3 + ["y"] * 3, torch.tensor([1.0, 3, 2, 6, 5, 4]), 3)
     assert (tmp_path / "best.csv").read_text().split() == ["prompt,chosen,rejected", "x,b.mp4,a.mp4", "y,d.mp4,f.mp4"]
-    with pytest.raises(SystemExit) as e:
-        train_align.main(train_align.Args(model=str(wan), pairs="generate", out=str(tmp_path / "no")))
-    assert e.value.code == 2 and "is no toy of Shapes world" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is no toy of Shapes world"):
+        train_align.main(train_align.Args(model=str(wan), labels="human", out=str(tmp_path / "no")))
 
 
 def test_videoreward_labels_the_pairs_of_a_wan_and_judges_what_it_draws(wan, qwen, tmp_path, capsys):
@@ -1726,7 +1719,8 @@ def test_every_command_of_the_pages_parses():
     for script, *words in commands + [shlex.split(line)[1:] for line in documented if line.startswith("python ")]:
         assert (HERE / script).exists(), script
         if script in scripts:
-            data.parse_args(scripts[script].Args, scripts[script].__doc__, words)
+            args = sample.Compare if "--compare" in words else scripts[script].Args
+            data.parse_args(args, scripts[script].__doc__, words)
 
 
 def test_the_shipped_weights_are_of_this_world_small_and_good():
@@ -1736,7 +1730,7 @@ def test_the_shipped_weights_are_of_this_world_small_and_good():
     for f in files:
         metadata = model_file.read_tensors(f)[1]
         assert metadata["world"] == data.world_hash() and metadata["command"].startswith("python train_") and metadata["seed"] == "0"
-    prompts = sample.eval_prompts(36)
+    prompts = data.prompts_of("eval", 36)
     steps, shift, scale = (sample.RECIPES[name][0] for name in ("steps", "shift", "cfg"))
     videos = sample.toy_videos(sample.load_model("assets/base"), prompts, 0, steps, shift, cfg_scale=scale)
     g = rng(0)
@@ -1745,8 +1739,8 @@ def test_the_shipped_weights_are_of_this_world_small_and_good():
     assert (share > 0.7).all(), share                                           # 0.8 on 512 draws; 36 leave room for chance
     r = reward.LatentReward.from_pretrained("assets/reward")
     pairs = data.toy_pairs(200, "eval", seed=1)
-    text = pairs.text(range(200)).repeat_interleave(2, dim=0)
-    score = reward.score_clean(r, pairs.latents(slice(None)).flatten(0, 1), text).view(200, 2, 3)
+    text = data.Shapes().text(pairs, range(200)).repeat_interleave(2, dim=0)
+    score = r.score_clean(data.Shapes().latents(pairs, slice(None)).flatten(0, 1), text).view(200, 2, 3)
     d = score[:, 0] - score[:, 1]
     assert all(reward.accuracy_without_ties(pairs.label[:, k], d[:, k]) > 0.65 for k in range(3))
 
@@ -1762,7 +1756,7 @@ class Bench:
     """
     preset: Literal["small", "toy", "wan-1.3b", "wan-14b"] = "small"  # small: a Wan that two CPU cores can train
     frames: int = 13                        # of each video; a Wan's is 4k + 1
-    size: tuple = (256, 256)                # height and width of each video
+    size: data.Size = (256, 256)                # height and width of each video
     batch: int = 1                          # videos; pairs in the DPO step
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the linear maps
     compile: bool = True                    # measure with compiled blocks too
@@ -1832,7 +1826,7 @@ def contender(args, step, ours, compiled, weights, config, batch):
     def errors():
         """Errors of winner and loser: ours in one batch, the usual recipe one after the other."""
         if ours:
-            return train_align.errors(m, x0, text, t, eps).unbind(1)
+            return train_align.velocity_errors(m, x0, text, t, eps).unbind(1)
         return [velocity_error(velocity(mix(x, eps, t), t, text), eps - x) for x in x0.unbind(1)]
 
     def run():
