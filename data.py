@@ -8,7 +8,6 @@ flaws in the place of twelve text-to-video models, and an oracle that measures V
 alone. Pixels are (B, 3, T, H, W) in [-1, 1]; files hold uint8 (T, H, W, 3).
 """
 import argparse
-import atexit
 import csv
 import difflib
 import hashlib
@@ -25,7 +24,8 @@ import threading
 import time
 import typing
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -41,8 +41,9 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_optimizer_state_dict)
 from tqdm import tqdm
 
-from model import HERE, UserError, fetch, find, read_json, read_tensors
+from model import HERE, PRESETS, UserError, fetch, find, read_config, read_json, read_tensors
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DIMS = ("VQ", "MQ", "TA")    # visual quality, motion quality, text alignment: the columns of every r (B, 3)
 
 
@@ -670,9 +671,10 @@ def markdown(head, rows):
 class Shapes:
     """Shapes world: its latents are pixels, its text encoder a table of words, and its truth is known."""
     name, fps, zoom, text_len = "shapes", FPS, 8, TEXT_LEN                # zoom: 24 pixels are few to look at
-    judges = ("shapes",)                                                        # what a reward may read here
+    judges, recipe = ("shapes",), "shapes"                               # judges: what a reward may read here
     prompts, check_prompts = staticmethod(prompts_of), staticmethod(attributes)   # of a split; refuses others
-    embed, truth = staticmethod(embed_text), staticmethod(oracle)
+    embed, embed_rows, truth = staticmethod(embed_text), staticmethod(embed_text), staticmethod(oracle)
+    pad = staticmethod(torch.stack)
 
     @property
     def metadata(self):
@@ -762,21 +764,51 @@ class Wan:
     """
     name, fps, zoom, text_len = "wan", WAN_FPS, 1, WAN_TEXT_LEN
     judges, metadata, truth = ("wan", "files"), {}, None                        # nobody knows the truth
+
     def __init__(self, path, device="cpu"):
-        self.device, self.loaded_vae, self.cached = device, None, {}            # {path or prompt: its file}
-        self.folder = fetch(path, ["vae/*", "text_encoder/*", "tokenizer/*"])
-        missing = [name for name in ("vae", "text_encoder", "tokenizer") if not (self.folder / name).is_dir()]
+        self.path, self.device, self.loaded_vae = path, device, None
+        self.prints, self.cached = {}, {}       # {video: its fingerprint}, {video or prompt: its cached file}
+        names = "vae", "text_encoder", "tokenizer"
+        self.folder = fetch(path, [f"{name}/*.json" for name in (*names, "transformer")])
+        missing = [name for name in names if not (self.folder / name).is_dir()]
         if missing:
             raise UserError(f"{path} holds no {', '.join(missing)}: take a folder or hub repository in "
                             "diffusers' layout, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
         self.config = read_json(self.folder / "vae" / "config.json")
+        dit = self.folder / "transformer" / "config.json"
+        large = dit.exists() and read_config(dit).dim == PRESETS["wan-14b"].dim
+        self.recipe = "wan-14b" if large else "wan"
+
+    def part(self, name):
+        """The folder of one of the models, downloaded when it is needed."""
+        return fetch(self.path, [f"{name}/*"]) / name
 
     def read(self, args, noise=1.0, labelled=True):
-        """The Pairs of the file args.pairs."""
+        """The Pairs of the file args.pairs whose videos are good, all looked into before anything is loaded.
+        UserError names a bad one by its row, unless args.skip_bad.
+        """
         if not args.pairs:
             raise UserError(f"{args.model} is no toy of Shapes world: --pairs takes a file of pairs, and "
                             "sample.py --n_per_prompt 4 --reward RUN makes one of its own videos")
-        return read_pairs(args.pairs)
+        return self.look_into(read_pairs(args.pairs), args)
+
+    def look_into(self, pairs, args):
+        """The pairs whose videos are good and long enough; what was seen of a video is remembered in
+        args.cache.
+        """
+        bad, lines = {}, first_lines(pairs)
+        mine = {file_key(path): path for path in list(lines)[RANK::RANKS]}
+
+        def look(key):
+            with noted(bad, mine[key], lines[mine[key]], args.skip_bad):
+                return [fingerprint(key[0]), *video_info(key[0])[:2]]
+        found = remembered(Path(args.cache) / "videos.jsonl", list(mine), look, "looking into videos")
+        for key, path in mine.items():
+            if found.get(key):
+                with noted(bad, path, lines[path], args.skip_bad):
+                    clip_frames(path, args.frames, self.fps, *found[key][1:])   # refuses what is too short
+        self.prints |= merged({mine[key]: value[0] for key, value in found.items() if value})
+        return leave_out(pairs, merged(bad))
 
     def prompts(self, split, n=None):
         raise UserError("--eval and named splits are of Shapes world: for Wan give --prompts FILE "
@@ -792,32 +824,39 @@ class Wan:
 
     def text(self, pairs, rows):
         """Prompt embeddings (len(rows), 512, text_dim), fp32, from the cache."""
-        return pad_text([load_cached(self.cached[pairs.prompts[i]]) for i in rows])
+        return self.pad([load_cached(self.cached[pairs.prompts[i]]) for i in rows])
 
     def embed(self, prompts):
         """Text (n, 512, text_dim) fp32 on the CPU, with zeros after the last token as in official Wan."""
-        return pad_text(self.embed_rows(prompts))
+        return self.pad(self.embed_rows(prompts))
 
     @torch.no_grad()
     def embed_rows(self, prompts, batch=8):
-        """[(S, text_dim)] fp32 on the CPU, S the prompt's own length; prompts are cleaned as diffusers'
-        WanPipeline does. The encoder leaves memory before this returns.
+        """Yield (S, text_dim) of each prompt on the CPU, S its own length, in the encoder's dtype; prompts
+        are cleaned as diffusers' WanPipeline does. The encoder leaves memory at the end.
         """
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
         from transformers import AutoTokenizer, UMT5EncoderModel
+        if not len(prompts):
+            return
         self.loaded_vae = None
-        tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(self.part("tokenizer"))
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
-        encoder = UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", dtype=dtype)
-        encoder, rows = encoder.to(self.device).eval(), []
+        encoder = UMT5EncoderModel.from_pretrained(self.part("text_encoder"), dtype=dtype)
+        encoder = encoder.to(self.device).eval()
         for i in progress(range(0, len(prompts), batch), "prompts"):
             words = tokenizer([prompt_clean(p) for p in prompts[i:i + batch]], padding="max_length",
                               truncation=True, max_length=WAN_TEXT_LEN, return_tensors="pt").to(self.device)
-            states = encoder(words.input_ids, words.attention_mask).last_hidden_state.float().cpu()
-            rows += [row[:n].clone() for row, n in zip(states, words.attention_mask.sum(1).tolist())]
+            states = encoder(words.input_ids, words.attention_mask).last_hidden_state.cpu()
+            for row, n in zip(states, words.attention_mask.sum(1).tolist()):
+                yield row[:n].clone()
         del encoder
         torch.cuda.empty_cache()
-        return rows
+
+    def pad(self, rows):
+        """Embeddings [(S, text_dim)] as one fp32 tensor (n, 512, text_dim) with zeros after the last token.
+        """
+        return torch.stack([F.pad(row.float(), (0, 0, 0, WAN_TEXT_LEN - len(row))) for row in rows])
 
     def latent_shape(self, frames, size):
         """(C, T, H, W) of the latents of a video. UserError for frames and sizes that cannot be."""
@@ -833,7 +872,7 @@ class Wan:
         """(autoencoder, mean, std): the statistics (1, C, 1, 1, 1) that its latents are normalised with."""
         if self.loaded_vae is None:
             from diffusers import AutoencoderKLWan
-            vae = AutoencoderKLWan.from_pretrained(self.folder / "vae", torch_dtype=torch.float32)
+            vae = AutoencoderKLWan.from_pretrained(self.part("vae"), torch_dtype=torch.float32)
             stats = [torch.tensor(x, device=self.device).view(1, -1, 1, 1, 1)
                      for x in (vae.config.latents_mean, vae.config.latents_std)]
             self.loaded_vae = vae.to(self.device).eval().requires_grad_(False), *stats
@@ -854,72 +893,78 @@ class Wan:
         return torch.cat([vae.decode(x[None] * std + mean).sample.clamp(-1, 1).cpu() for x in latents])
 
     def encode(self, pairs, args):
-        """The pairs whose videos are good; their latents and texts are in the folder args.cache, in bf16.
+        """The pairs whose videos can be decoded; their latents and texts are in the folder args.cache, in
+        bf16.
 
         Every distinct video and prompt is encoded once, and what another run left there is used. Each file
-        appears whole or not at all, so an interrupted encode goes on where it stopped. All videos are opened
-        before an encoder is loaded. UserError names a bad one by its row, unless args.skip_bad.
+        appears whole or not at all, so an interrupted encode goes on where it stopped. Each rank takes its
+        share.
         """
-        Path(args.cache).mkdir(parents=True, exist_ok=True)
-        bad, lines = {}, {}
-        for line, pair in zip(pairs.lines, pairs.videos):
-            lines |= {path: line for path in pair if path not in lines}
-        prompts = set(pairs.prompts)
-        todo = self.find_cached(lines, bad, args), self.find_cached_text(prompts, args)
-        videos, texts = all_gather(todo)[0]                                     # the same lists for all ranks
-        print(f"{args.cache}: {len(lines) - len(videos)} of {len(lines)} videos and "
-              f"{len(prompts) - len(texts)} of {len(prompts)} prompts are there; encoding the rest")
+        if not {path for pair in pairs.videos for path in pair} <= self.prints.keys():
+            pairs = self.look_into(pairs, args)
+        bad, lines, prompts, cache = {}, first_lines(pairs), sorted(set(pairs.prompts)), Path(args.cache)
+        vae, *encoder = (fingerprints(self.part(name)) for name in ("vae", "text_encoder", "tokenizer"))
+        for path in lines:
+            name = short_hash(self.prints[path], args.frames, args.size, vae)
+            self.cached[path] = cache / f"video-{name}.safetensors"
+        for prompt in prompts:
+            self.cached[prompt] = cache / f"text-{short_hash(prompt, encoder)}.safetensors"
+        copies = {self.cached[path]: path for path in lines}                    # one path of each content
+        videos = all_gather([path for file, path in copies.items() if not is_cached(file)])[0]
+        texts = all_gather([prompt for prompt in prompts if not is_cached(self.cached[prompt])])[0]
+        print(f"{cache}: {len(copies) - len(videos)} of {len(copies)} videos and {len(prompts) - len(texts)} "
+              f"of {len(prompts)} prompts are there; encoding the rest")
         mine = texts[RANK::RANKS]
-        for i in range(0, len(mine), 1024):
-            for prompt, x in zip(mine[i:i + 1024], self.embed_rows(mine[i:i + 1024])):
-                save_cached(x, self.cached[prompt])
-        for path in progress(videos[RANK::RANKS], "videos"):
+        for prompt, x in zip(mine, self.embed_rows(mine)):
+            save_cached(x, self.cached[prompt])
+
+        def read(path):
             with noted(bad, path, lines[path], args.skip_bad):
-                clip = read_clip(path, args.frames, args.size)
+                return path, read_clip(path, args.frames, args.size, self.fps)
+            return path, None
+        mine = videos[RANK::RANKS]
+        for path, clip in progress(prefetch(read, mine), "videos", total=len(mine)):
+            if clip is not None:
                 save_cached(self.encode_video(clip[None])[0], self.cached[path])
         self.loaded_vae = None
         torch.cuda.empty_cache()
-        return leave_out(pairs, {path: e for errors in all_gather(bad) for path, e in errors.items()})
-
-    def find_cached(self, lines, bad, args):
-        """Find the latents of the videos in lines {path: line}; returns the paths whose latents are not
-        there.
-        """
-        vae, todo = fingerprints(self.folder / "vae"), []
-        for path, line in lines.items():
-            with noted(bad, path, line, args.skip_bad):
-                name = fingerprint(path, args.frames, args.size, vae)
-                self.cached[path] = Path(args.cache) / f"video-{name}.safetensors"
-                if not is_cached(self.cached[path]):
-                    clip_frames(path, args.frames)                              # refuses what cannot be used
-                    todo.append(path)
-        return todo
-
-    def find_cached_text(self, prompts, args):
-        """Find the embeddings of the prompts; returns those whose embeddings are not there."""
-        encoder = [fingerprints(self.folder / "text_encoder"), fingerprints(self.folder / "tokenizer")]
-        for prompt in prompts:
-            name = hashlib.sha256(json.dumps([prompt, encoder]).encode()).hexdigest()[:32]
-            self.cached[prompt] = Path(args.cache) / f"text-{name}.safetensors"
-        return sorted(prompt for prompt in prompts if not is_cached(self.cached[prompt]))
+        bad = {self.cached[path]: why for path, why in merged(bad).items()}
+        return leave_out(pairs, {path: bad[self.cached[path]] for path in lines if self.cached[path] in bad})
 
 
 WanCodec = Wan                                                                # an older name that others call
 
 
-def pad_text(rows):
-    """Embeddings [(S, text_dim)] as one fp32 tensor (n, 512, text_dim) with zeros after the last token."""
-    return torch.stack([F.pad(row.float(), (0, 0, 0, WAN_TEXT_LEN - len(row))) for row in rows])
+def first_lines(pairs):
+    """{path: the line of the first pair that it is in} of the videos of pairs."""
+    lines = {}
+    for line, pair in zip(pairs.lines, pairs.videos):
+        lines |= {path: line for path in pair if path not in lines}
+    return lines
 
 
-def clip_frames(path, frames, fps=WAN_FPS):
-    """Indices (frames,) of the frames of a video file that stand at multiples of 1 / fps second.
+def prefetch(load, items):
+    """load(item) of each item in turn, the next one being loaded by a thread while this one is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        following = [pool.submit(load, item) for item in items[:1]]
+        for i in range(len(items)):
+            current = following.pop().result()
+            following += [pool.submit(load, item) for item in items[i + 1:i + 2]]
+            yield current
+
+
+def clip_frames(path, frames, fps=WAN_FPS, count=None, rate=None):
+    """Indices (frames,) of the frames of a video file that stand at multiples of 1 / fps second; count and
+    rate: its frames and their rate, if they are known.
 
     UserError names a file that is no video or lasts less than (frames - 1) / fps seconds.
     """
-    count, rate, _, _ = video_info(path)
+    if count is None:
+        count, rate, _, _ = video_info(path)
     if count / rate < (frames - 1) / fps:
-        raise UserError(f"{path} lasts {count / rate:.2f} s, too short for {frames} frames at {fps} a second")
+        fits = int(count / rate * fps) // 4 * 4 + 1
+        raise UserError(f"{path} lasts {count / rate:.2f} s, too short for {frames} frames at {fps} a second "
+                        f"(--frames {fits} would fit)")
     return (np.arange(frames) * rate / fps).round().astype(int).clip(max=count - 1)
 
 
@@ -938,9 +983,11 @@ def read_clip(path, frames, size, fps=WAN_FPS):
 
 
 def load_cached(file):
-    """The one tensor of a file of the cache."""
-    from safetensors.torch import load_file
-    return load_file(file)["x"]
+    """The one tensor of a file of the cache. UserError names a file whose bytes have changed since."""
+    tensors, metadata = read_tensors(file)
+    if metadata.get("sha256", "") not in ("", sha256(tensors["x"])):
+        raise UserError(f"{file} is damaged: delete it, and the same command with --resume makes it again")
+    return tensors["x"]
 
 
 def is_cached(file):
@@ -952,15 +999,26 @@ def is_cached(file):
 
 
 def save_cached(x, file):
-    """Write one tensor in bf16, to a temporary name and then renamed."""
+    """Write one tensor in bf16, to a temporary name of this process and then renamed."""
     from safetensors.torch import save
-    Path(f"{file}.tmp").write_bytes(save({"x": x.to(torch.bfloat16).contiguous()}))
-    os.replace(f"{file}.tmp", file)
+    x = x.to(torch.bfloat16).contiguous()
+    Path(f"{file}.{os.getpid()}.tmp").write_bytes(save({"x": x}, {"sha256": sha256(x)}))
+    os.replace(f"{file}.{os.getpid()}.tmp", file)
 
 
-def fingerprint(path, *settings):
-    """A name for a file's content under some settings: its size, its first and last 1 MiB, and the settings.
-    UserError names a file that cannot be read.
+def sha256(x):
+    """The SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(x.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def short_hash(*facts):
+    """A name for some facts that JSON can hold."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def fingerprint(path):
+    """A name for a file's content: of its size and its first and last 1 MiB. UserError where it can't be
+    read.
     """
     edge = 2**20
     try:
@@ -971,12 +1029,44 @@ def fingerprint(path, *settings):
             ends += file.read()
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from None
-    return hashlib.sha256(ends + json.dumps([size, *settings]).encode()).hexdigest()[:32]
+    return hashlib.sha256(ends + str(size).encode()).hexdigest()[:32]
 
 
 def fingerprints(folder):
     """The fingerprints of the files in a folder."""
     return [fingerprint(file) for file in sorted(folder.iterdir()) if file.is_file()]
+
+
+def file_key(path):
+    """(path, size, time of change) of a file, by which what was found out about it is remembered."""
+    try:
+        stat = os.stat(path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+    return str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns
+
+
+def remembered(file, keys, function, desc):
+    """{key: function(key)} of keys, tuples that JSON can hold. Each value that is not None is at once added
+    to the file, a line of JSON, and never computed again: an interrupted run goes on where it stopped.
+    """
+    known, file = {}, Path(file)
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            key, value = json.loads(line)
+            known[tuple(key)] = value
+        except (ValueError, TypeError):                                         # cut short by an interruption
+            continue
+    file.parent.mkdir(parents=True, exist_ok=True)
+    todo = [key for key in dict.fromkeys(keys) if key not in known]
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.write("\n" if todo else "")                                       # ends such a line
+        for key in progress(todo, desc):
+            known[key] = function(key)
+            if known[key] is not None:
+                lines.write(json.dumps([key, known[key]]) + "\n")
+                lines.flush()
+    return {key: known[key] for key in keys}
 
 
 # ---- where a model comes from ----
@@ -1041,7 +1131,6 @@ def start_ranks():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
-    atexit.register(dist.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")
 
@@ -1057,6 +1146,11 @@ def all_gather(x):
     if RANKS > 1:
         dist.all_gather_object(everyone, x)
     return everyone
+
+
+def merged(mine):
+    """The dictionaries of all ranks as one."""
+    return {key: value for share in all_gather(mine) for key, value in share.items()}
 
 
 def gather_rows(mine):
@@ -1118,7 +1212,7 @@ def draw_noise(shape, seed, step, samples, logit_normal=False):
     A function of (seed, step, sample) alone, so that resuming, splitting a batch and several ranks agree by
     construction.
     """
-    draws = [rng("noise", seed, step, i) for i in samples]
+    draws = [rng("noise", seed, step, *(i if isinstance(i, tuple) else (i,))) for i in samples]
     if logit_normal:
         t = torch.stack([torch.randn((), generator=g) for g in draws]).sigmoid()
     else:
@@ -1133,6 +1227,17 @@ def step_rows(n, batch, seed, step):
     places = torch.arange(step * batch, (step + 1) * batch)
     orders = {e: torch.randperm(n, generator=rng("order", seed, e)) for e in (places // n).unique().tolist()}
     return torch.stack([orders[p // n][p % n] for p in places.tolist()])
+
+
+def noise_samples(rows):
+    """The rows of a step as draw_noise takes them: the k-th repetition of a row is (row, k), so that it has
+    noise of its own.
+    """
+    count, samples = Counter(), []
+    for row in rows.tolist():
+        samples.append((row, count[row]) if count[row] else row)
+        count[row] += 1
+    return samples
 
 
 def learning_rate_scale(step, steps, warmup, decay=0.0):
@@ -1232,13 +1337,18 @@ def fill(args, recipe):
 
 def launch(main, cls, doc, argv=None):
     """Run main with the arguments of the command line. What the user can mend, and a file or disk that fails,
-    ends in one line and exit status 2.
+    ends in one line and exit status 2; of several processes the one at fault says it, and torchrun ends the
+    rest, which may be waiting for it.
     """
     try:
-        return main(parse_args(cls, doc, argv))
+        result = main(parse_args(cls, doc, argv))
     except (UserError, OSError) as e:
-        print("error:", *str(e).splitlines(), file=sys.stderr)
+        rank = f" rank {RANK}:" if RANKS > 1 else ""
+        print(f"error:{rank}", *str(e).splitlines(), file=sys.stderr)
         raise SystemExit(2) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return result
 
 
 def command(args):
@@ -1291,36 +1401,61 @@ def content_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-@on_rank_0
-def make_folder(args, device):
-    """Make the folder args.out and its config.json; returns whether an earlier run there is to go on.
-
-    With args.resume it must have had the same arguments; else it is renamed and kept.
+def contents(args):
+    """{flag: a hash} of what the flags name here: the weights in a folder, or a file; and "start", see
+    start_of.
     """
-    folder = Path(args.out)
-    if getattr(args, "resume", False) and (folder / "config.json").exists():
-        own = (read_json(folder / "config.json").get("args") or {}) | {"resume": True}
-        now = json.loads(json.dumps(vars(args)))
-        other = [f"--{k} was {own.get(k)}, not {v}" for k, v in now.items() if own.get(k) != v]
+    found = {}
+    for flag in ("model", "ckpt", "against", "lora", "pairs", "reward", "nrg", "eval"):
+        path = getattr(args, flag, None)
+        for place in (Path(path), HERE / path) if isinstance(path, str) and path else ():
+            weights = [*place.glob("*.safetensors"), *place.glob("transformer/*.safetensors")]
+            files = [place] if place.is_file() else sorted(weights)
+            if files and flag not in found:
+                found[flag] = short_hash(*(fingerprint(file) for file in files))
+    if getattr(args, "loss", "") != "pretrain" and "model" in found and not getattr(args, "ckpt", ""):
+        found["start"] = start_of(args.model)
+    return found
+
+
+@on_rank_0
+def make_folder(args, device, longer):
+    """Make the folder args.out and its config.json; returns whether an earlier run there is to go on, and
+    contents.
+
+    With args.resume it must have had the same arguments, with longer but for more steps, and what they name
+    must not have changed; without, it is renamed and kept.
+    """
+    folder, now = Path(args.out), {"args": vars(args), "contents": contents(args)}
+    file, going_on = folder / "config.json", False
+    if getattr(args, "resume", False) and file.exists():
+        own, new = read_json(file), json.loads(json.dumps(now))
+        free = {"resume", "steps"} if longer else {"resume"}
+        other = [f"--{k} was {(own.get('args') or {}).get(k)}, not {v}" for k, v in new["args"].items()
+                 if k not in free and (own.get("args") or {}).get(k) != v]
         if other:
             raise UserError(f"--resume: {folder} was made by another command ({'; '.join(other[:3])}): give "
                             "the same arguments")
-        return True
+        for flag, value in new["contents"].items():
+            if (own.get("contents") or {}).get(flag, value) != value:
+                raise UserError(f"--resume: {getattr(args, flag, args.model)} has changed since {folder} "
+                                "began: bring it back, or start anew")
+        going_on = True
     try:
-        if (folder / "config.json").exists():
+        if file.exists() and not going_on:
             n = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
             folder.rename(f"{folder}.{n}")
             print(f"{folder} held an earlier run: it is now {folder}.{n}")
         folder.mkdir(parents=True, exist_ok=True)
         git = shutil.which("git") and subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"],
                                                      capture_output=True, text=True)
-        write_json(folder / "config.json", {
-            "command": command(args), "args": vars(args), "commit": git.stdout.strip() if git else "",
+        write_json(file, {
+            "command": command(args), **now, "commit": git.stdout.strip() if git else "",
             "world": world_hash(), "torch": torch.__version__, "python": sys.version.split()[0],
             "device": str(device), "threads": torch.get_num_threads()})
     except OSError as e:
         raise UserError(f"--out {args.out} cannot be written ({e.strerror}): name another") from None
-    return False
+    return going_on, now["contents"]
 
 
 class Run:
@@ -1331,9 +1466,9 @@ class Run:
     bar.
     """
 
-    def __init__(self, args, device="cpu"):
+    def __init__(self, args, device="cpu", longer=False):
         self.folder, self.args = Path(args.out), args
-        self.going_on = make_folder(args, device)
+        self.going_on, self.contents = make_folder(args, device, longer)
         self.events, self.seen, self.now, self.names, self.started = [], [], [], (), time.time()
 
     def steps(self, total, **state):
@@ -1355,7 +1490,7 @@ class Run:
             for self.step in self.bar:
                 yield self.step
                 done, stop = self.step + 1, any(all_gather(asked.is_set()))     # it reaches each rank in time
-                if done < total and (stop or done % self.args.save_every == 0):
+                if stop or done == total or done % self.args.save_every == 0:
                     self.save(done)
                 if done < total and stop:
                     self.bar.close()

@@ -62,7 +62,7 @@ def beta_schedule(beta, t, kind):
 
     constant   the paper's method (1-t)^2    what the derivation gives, as eps errs by (1 - t)^2 times as
     much; near noise it constrains little t^2        the same argument for the error of x0 (1-t)/t    the
-    exact weight of the path's KL divergence; t is clamped to 0.05 and more, so at most 19 beta
+    exact weight of the path's KL divergence; t is clamped to 0.05 and more, so at most 20 beta
     """
     if kind == "constant":
         return beta * torch.ones_like(t)

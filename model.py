@@ -204,6 +204,7 @@ class VideoDiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.compute_dtype = None                                              # None: that of the linear maps
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, kernel_size=c.patch_size, stride=c.patch_size)
         self.text_embedding = mlp(c.text_dim, c.dim, c.dim, nn.GELU(approximate="tanh"))
         self.time_embedding = mlp(c.freq_dim, c.dim, c.dim, nn.SiLU())
@@ -233,7 +234,7 @@ class VideoDiT(nn.Module):
         multiples of the patch. A model whose linear maps are 16 bit computes in 16 bit autocast; in one of
         fp32 the caller decides.
         """
-        dtype = self.patch_embedding.weight.dtype
+        dtype = self.compute_dtype or self.patch_embedding.weight.dtype
         with torch.autocast(xt.device.type, dtype) if dtype != torch.float32 else nullcontext():
             x = self.patch_embedding(xt)                                         # (B, D, T', H', W')
             grid = tuple(x.shape[2:])
@@ -567,6 +568,9 @@ def save_tensors(tensors, path, metadata=None):
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         file.seek(8)
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+    umask = os.umask(0)                                                    # it can't be read without a change
+    os.umask(umask)
+    os.chmod(f"{path}.tmp", 0o666 & ~umask)                          # safetensors' files are the user's alone
     os.replace(f"{path}.tmp", path)
 
 

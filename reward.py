@@ -15,22 +15,22 @@ import ast
 import hashlib
 import json
 import math
-import os
 import pickle
 import re
 import string
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (DIMS, RANK, RANKS, Shapes, caption_of, check_world, flawed_videos, gather_rows, launch,
-                  normalised, on_rank_0, oracle, progress, read_shapes, read_video, rng, true_scores,
-                  video_info, with_overall, write_json)
+from data import (DIMS, DTYPES, RANK, RANKS, Shapes, caption_of, check_world, file_key, flawed_videos,
+                  gather_rows, launch, merged, normalised, oracle, progress, read_shapes, read_video,
+                  remembered, rng, true_scores, video_info, with_overall, write_json)
 from model import (LayerNorm, UserError, VideoDiT, add_lora, fetch, load_strict, read_config, read_json,
                    read_tensors, save_tensors)
 
@@ -64,14 +64,17 @@ class LatentReward(nn.Module):
         return "shapes" if self.config.in_dim == 3 else "wan"
 
     def forward(self, xt, t, text):
-        """Raw scores (B, 3) from xt (B, C, T, H, W), t (B,) in [0, 1] and text (B, S, text_dim)."""
-        h = self.norm(self.dit(xt, t, text, depth=self.depth))                  # (B, L, D)
-        weight = (h @ self.query.T).softmax(dim=1)                              # (B, L, 3): of each dimension
-        h = weight.transpose(1, 2) @ F.gelu(self.hidden(h))                     # (B, 3, D)
-        said = text.any(dim=-1, keepdim=True).type_as(text)                 # (B, S, 1): 0 after the last word
-        words = (self.dit.text_embedding(text) * said).sum(1) / said.sum(1).clamp(min=1)
-        gate = 1 + self.word(F.layer_norm(words, words.shape[-1:]))             # (B, D)
-        return (h * gate[:, None] * self.out).sum(-1)
+        """Raw scores (B, 3) fp32 from xt (B, C, T, H, W), t (B,) in [0, 1] and text (B, S, text_dim); of
+        Wan's latents in bf16 autocast, as it is trained.
+        """
+        with torch.autocast(xt.device.type, torch.bfloat16, enabled=self.reads == "wan"):
+            h = self.norm(self.dit(xt, t, text, depth=self.depth))              # (B, L, D)
+            weight = (h @ self.query.T).softmax(dim=1)                          # (B, L, 3): of each dimension
+            h = weight.transpose(1, 2) @ F.gelu(self.hidden(h))                 # (B, 3, D)
+            said = text.any(dim=-1, keepdim=True).type_as(text)             # (B, S, 1): 0 after the last word
+            words = (self.dit.text_embedding(text) * said).sum(1) / said.sum(1).clamp(min=1)
+            gate = 1 + self.word(F.layer_norm(words, words.shape[-1:]))         # (B, D)
+            return (h * gate[:, None] * self.out).sum(-1).float()
 
     def score(self, xt, t, text):
         """Scores (B, 3), z-normalised on the validation set."""
@@ -342,8 +345,8 @@ class VideoReward(nn.Module):
         return score_videos(self, paths, prompts, f"{cache}/scores.jsonl").view(-1, 2, len(DIMS))
 
     def score_drawn(self, latents, text, files, prompts):
-        """Normalised scores (n, 3) of what a model drew, from its files, beside which they are kept."""
-        return score_videos(self, files, prompts, Path(files[0]).parent / "scores.jsonl")
+        """Normalised scores (n, 3) of what a model drew, from its files."""
+        return self.score(files, prompts)
 
     def normalised(self, r):
         """Raw scores r (B, 3) as z-scores; raw, which is said once, where the checkpoint has no constants."""
@@ -596,45 +599,28 @@ def check_reward(path, world):
                         f"{' or '.join(world.judges)}: name another, such as a run of train_reward.py")
 
 
-def load_reward(path, base=None, template=None):
-    """The reward at path: a VideoReward, the LatentReward of a run folder, or for "oracle" the truth."""
+def load_reward(path, base=None, template=None, dtype=None):
+    """The reward at path: a VideoReward, its Qwen2-VL in dtype, the LatentReward of a run folder, or for
+    "oracle" the truth.
+    """
     if path == "oracle":
         return Oracle()
     if reads(path) == "files":
-        return VideoReward.from_pretrained(path, base, template)
+        return VideoReward.from_pretrained(path, base, template, dtype)
     return LatentReward.from_pretrained(path)
 
 
-@on_rank_0
 def score_videos(reward, paths, prompts, cache_file):
     """VideoReward's normalised scores (n, 3) of video files and their prompts; each distinct pair is scored
-    once.
-
-    Every raw score is at once added to cache_file, a line of JSON each: reward.identity, the video's path,
-    size and time of change, the prompt, VQ, MQ, TA. So an interrupted run goes on where it stopped. UserError
-    names a video that can't be scored.
+    once, and each raw score is at once added to cache_file. Each rank scores its share. UserError names a bad
+    video.
     """
-    try:
-        stats = {path: os.stat(path) for path in set(paths)}
-    except OSError as e:
-        raise UserError(f"{e.filename} cannot be read: {e.strerror}") from None
-    keys = [(reward.identity, str(Path(path).resolve()), stats[path].st_size, stats[path].st_mtime_ns, prompt)
-            for path, prompt in zip(paths, prompts, strict=True)]
-    known, cache = {}, Path(cache_file)
-    for line in cache.read_text(encoding="utf-8").splitlines() if cache.exists() else ():
-        try:
-            *key, vq, mq, ta = json.loads(line)
-            known[tuple(key)] = vq, mq, ta
-        except (ValueError, TypeError):                                         # cut short by an interruption
-            continue
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    todo = [key for key in dict.fromkeys(keys) if key not in known]
-    with open(cache, "a", encoding="utf-8") as file:
-        file.write("\n" if todo else "")                                        # ends such a line
-        for key in progress(todo, "scoring"):
-            known[key] = reward.score([key[1]], [key[-1]], normalise=False)[0].tolist()
-            file.write(json.dumps([*key, *known[key]]) + "\n")
-            file.flush()
+    keys = [(reward.identity, *file_key(path), prompt) for path, prompt in zip(paths, prompts, strict=True)]
+    mine = list(dict.fromkeys(keys))[RANK::RANKS]
+
+    def score(key):
+        return reward.score([key[1]], [key[-1]], normalise=False)[0].tolist()
+    known = merged(remembered(cache_file, mine, score, "scoring"))
     return reward.normalised(torch.tensor([known[key] for key in keys]))
 
 
@@ -685,6 +671,7 @@ class Args:
     template: str | None = None             # the authors' prompt_template.py, which their checkpoint needs
     base: str | None = None                 # Qwen2-VL folder, if not the one that the checkpoint names
     raw: bool = False                       # print VideoReward's scores as they are, not normalised
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of VideoReward's Qwen2-VL; bf16 moves raw scores by up to 0.3
 
 
 def main(args):
@@ -696,7 +683,7 @@ def main(args):
     if not (args.video and args.prompt):
         raise UserError("VideoReward scores video files: name some, and with --prompt what they should show")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    reward = load_reward(args.ckpt, args.base, args.template).to(device)
+    reward = load_reward(args.ckpt, args.base, args.template, DTYPES[args.dtype]).to(device)
     scores = reward.score(args.video, [args.prompt] * len(args.video), not args.raw)
     print(f"{'':36} " + " ".join(f"{name:>8}" for name in (*DIMS, "Overall")))
     for name, r in zip(args.video, with_overall(scores).tolist()):

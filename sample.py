@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,7 +44,9 @@ def timesteps(n, shift=1.0):
     shift > 1 spends more of the steps near noise.
     """
     t = torch.linspace(1, 0, n + 1)
-    return shift * t / (1 + (shift - 1) * t)
+    t = shift * t / (1 + (shift - 1) * t)
+    t[0], t[-1] = 1, 0                                                          # whatever the rounding
+    return t
 
 
 def euler(velocity, eps, ts):
@@ -124,8 +126,8 @@ def generate(model, world, prompts, texts, seed, ts, size=(FRAMES, SIZE, SIZE), 
     device, shape = next(model.parameters()).device, world.latent_shape(size[0], size[1:])
     mine = range(RANK, len(prompts), RANKS)
     for ids in progress([mine[i:i + batch] for i in range(0, len(mine), batch)], "sampling"):
-        text = torch.stack([texts[prompts[i]] for i in ids]).to(device)
-        null = texts[negative].to(device).expand_as(text)
+        text = world.pad([texts[prompts[i]] for i in ids]).to(device)
+        null = world.pad([texts[negative]]).to(device).expand_as(text)
         eps = torch.stack([torch.randn(shape, generator=rng("eval", seed, i)) for i in ids]).to(device)
 
         def at(x, t):                                                           # one time for the whole batch
@@ -140,9 +142,9 @@ def generate(model, world, prompts, texts, seed, ts, size=(FRAMES, SIZE, SIZE), 
 
 
 def embed_all(world, prompts, negative=""):
-    """{prompt: its embedding (S, text_dim)} of the distinct ones of prompts and negative."""
+    """{prompt: its embedding (S, text_dim), unpadded} of the distinct ones of prompts and negative."""
     distinct = list(dict.fromkeys([*prompts, negative]))
-    return dict(zip(distinct, world.embed(distinct)))
+    return dict(zip(distinct, world.embed_rows(distinct)))
 
 
 def toy_videos(model, prompts, seed, steps=16, shift=3.0, **settings):
@@ -423,13 +425,13 @@ def figure(folders, x, ys, by, out):
 
 # What unset flags fall to.
 RECIPES = {
-    #         toy           Wan 2.1 1.3B at 480p, by its own README
-    "steps":  (16,           50),
-    "shift":  (3.0,          8.0),
-    "cfg":    (4.5,          6.0),
-    "frames": (FRAMES,       81),
-    "size":   ((SIZE, SIZE), (480, 832)),
-    "batch":  (64,           1),
+    #         toy           Wan 2.1 1.3B   14B, each by its own README
+    "steps":  (16,           50,           50),
+    "shift":  (3.0,          8.0,          5.0),
+    "cfg":    (4.5,          6.0,          5.0),
+    "frames": (FRAMES,       81,           81),
+    "size":   ((SIZE, SIZE), (480, 832),   (480, 832)),
+    "batch":  (64,           1,            1),
 }
 
 
@@ -441,7 +443,7 @@ class Args:
     prompt: list = ()                       # what to draw
     prompts: str = ""              # or a CSV or JSONL file with a column `prompt`; toy: also train, val, eval
     n_per_prompt: Count = 1                 # videos per prompt
-    negative: str = ""                      # Wan: the prompt that guidance moves away from
+    negative: str = ""                 # Wan: what guidance moves away from; official Wan has a long text here
     frames: Count | None = None             # Wan: frames, 4k + 1, at 16 per second
     size: Size | None = None                # Wan: height and width, multiples of 16
     steps: Count | None = None              # Euler steps
@@ -521,7 +523,11 @@ def check(args, world):
     if bool(args.prompt) + bool(args.prompts) + bool(args.eval) != 1:
         raise UserError(f"one thing at a time: --prompt \"{PROMPTS[0]}\", --prompts FILE, --eval 512 or "
                         "--compare RUN")
-    fill(args, {name: dict(zip(("shapes", "wan"), columns))[world.name] for name, columns in RECIPES.items()})
+    if args.ckpt:                                                               # as it was trained
+        own = read_json(lineage(args.ckpt)[0] / "config.json")["args"]
+        fill(args, {name: own.get(name) for name in ("frames", "size")})
+    column = ("shapes", "wan", "wan-14b").index(world.recipe)
+    fill(args, {name: columns[column] for name, columns in RECIPES.items()})
     fill(args, {"dtype": "bf16" if world.name == "wan" and torch.cuda.is_available() else "fp32"})
     world.latent_shape(args.frames, args.size)                                  # refuses what cannot be
     rows = read_prompts(args, world)
@@ -563,13 +569,16 @@ def main(args):
         block.checkpointing = world.name == "wan"                         # a gradient through it takes memory
     start = lora_disabled if args.against == "base" else nullcontext
     start_model = load_model(args.against, dtype).to(device) if args.against not in ("", "base") else model
+    reward = load_reward(args.reward, template=args.template) if args.reward else None
+    if isinstance(reward, torch.nn.Module):
+        reward.to(device)
     run, ratios = Run(args, device), []
 
     prompts = [row["prompt"] for row in rows for _ in range(args.n_per_prompt)]
-    texts = embed_all(world, prompts, args.negative)
-    ts, size = timesteps(args.steps, args.shift), (args.frames, *args.size)
-    settings = dict(world=world, prompts=prompts, texts=texts, seed=args.seed, ts=ts, size=size,
-                    cfg_scale=args.cfg, negative=args.negative, batch=args.batch)
+    texts, result = embed_all(world, prompts, args.negative), None
+    settings = dict(world=world, prompts=prompts, texts=texts, seed=args.seed, cfg_scale=args.cfg,
+                    ts=timesteps(args.steps, args.shift), size=(args.frames, *args.size), batch=args.batch,
+                    negative=args.negative)
     drawn = generate(model, **settings, reward=guide, rg_scale=args.rg_scale, dim_w=args.dim_w,
                      max_ratio=args.max_ratio, ratios=ratios)
     if args.eval:
@@ -579,75 +588,57 @@ def main(args):
         result = evaluate(videos, start_videos, prompts)
         report(run.folder, result, prompts, videos, start_videos)
     else:
-        names = file_names(args, rows)
-        ours, theirs, result = write_videos(run.folder, drawn, names, world), None, None
+        rest = file_names(args, rows), prompts, world, texts, reward
+        r, pixels = write_videos(run.folder, drawn, *rest)
+        if args.reward and args.n_per_prompt > 1:
+            on_rank_0(write_pairs)(run.folder / "pairs.csv", rest[0], prompts, overall(r), args.n_per_prompt)
         if args.against:
             with start(start_model) as m:
-                theirs = write_videos(run.folder / "start", generate(m, **settings), names, world)
-        if args.reward:
-            result = judge(args, run.folder, device, texts, prompts, ours, theirs)
+                r_start, pixels_start = write_videos(run.folder / "start", generate(m, **settings), *rest)
+            if args.reward:
+                result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "n": len(prompts),
+                          "pixels": pixels, "pixels_start": pixels_start}
+                write_result(run.folder, result)
     if ratios:
         by_step = [np.mean(ratios[k::args.steps - 1]) for k in range(args.steps - 1)]
         print("guidance / velocity, by step:", " ".join(f"{ratio:.2f}" for ratio in by_step))
     return result
 
 
-def judge(args, folder, device, texts, prompts, ours, theirs):
-    """Judge what write_videos gave of ours by args.reward: write on-policy pairs of several videos a prompt,
-    and where there are theirs eval.json with the win rates, which are returned.
-    """
-    reward, text = load_reward(args.reward, template=args.template), torch.stack([texts[p] for p in prompts])
-    if isinstance(reward, torch.nn.Module):
-        reward.to(device)
-    r = reward.score_drawn(ours.latents, text, ours.files, prompts)
-    if args.n_per_prompt > 1:
-        on_rank_0(write_pairs)(folder / "pairs.csv", ours.files, prompts, overall(r), args.n_per_prompt)
-    if theirs is None:
-        return None
-    r_start = reward.score_drawn(theirs.latents, text, theirs.files, prompts)
-    result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "pixels": ours.pixels,
-              "pixels_start": theirs.pixels, "n": len(prompts)}
-    write_result(folder, result)
-    return result
-
-
-class Drawn(NamedTuple):
-    """What was drawn: latents (n, C, T', H', W'), the mp4 files and their mean pixel_statistics."""
-    latents: torch.Tensor
-    files: list
-    pixels: dict
-
-
-def write_videos(folder, drawn, names, world):
-    """Write drawn (latents, video) pairs as <name>.mp4, and the first as samples.png; returns them as Drawn.
+def write_videos(folder, drawn, names, prompts, world, texts, reward):
+    """Write drawn (latents, video) pairs as <name>.mp4, and the first as samples.png, and forget them: a
+    video is judged where it was drawn. Returns the reward's normalised scores (n, 3), or None, and mean
+    pixel_statistics.
     """
     folder.mkdir(exist_ok=True)
-    latents, pixels, cells = [], [], []
-    for name, (x, video) in zip(names[RANK::RANKS], drawn):
-        latents.append(x)
+    r, pixels, cells = [], [], []
+    for i, (x, video) in zip(range(RANK, len(names), RANKS), drawn):
+        file = folder / f"{names[i]}.mp4"
+        write_video(file, video, world.fps, world.zoom)
         pixels.append(pixel_statistics(video))
-        if len(cells) < 12:
+        if reward is not None:
+            r.append(reward.score_drawn(x[None], world.pad([texts[prompts[i]]]), [file], [prompts[i]])[0])
+        if i < 12:
             some = np.linspace(0, video.shape[1] - 1, min(8, video.shape[1])).round()
-            cells.append([(name, video[:, some])])
-        write_video(folder / f"{name}.mp4", video, world.fps, world.zoom)
-    on_rank_0(contact_sheet)(folder / "samples.png", gather_rows(cells)[:12])
+            cells.append([(names[i], video[:, some])])
+    on_rank_0(contact_sheet)(folder / "samples.png", gather_rows(cells))
     print(f"wrote {len(names)} mp4 and samples.png to {folder}")
     pixels = gather_rows(pixels)
-    means = {key: round(np.mean([x[key] for x in pixels]), 4) for key in pixels[0]}
-    return Drawn(torch.stack(gather_rows(latents)), [folder / f"{name}.mp4" for name in names], means)
+    means = {name: round(np.mean([x[name] for x in pixels]), 4) for name in pixels[0]}
+    return None if reward is None else torch.stack(gather_rows(r)), means
 
 
-def write_pairs(path, files, prompts, r, n):
+def write_pairs(path, names, prompts, r, n):
     """Write on-policy pairs for train_align.py: of every four of the n videos of a prompt, or of all if there
-    are fewer than eight, the best and the worst by rewards r (len(files),).
+    are fewer than eight, the best and the worst by rewards r (len(names),).
     """
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["prompt", "chosen", "rejected"])
-        for i in range(0, len(files), n):
+        for i in range(0, len(names), n):
             for ids in torch.arange(i, i + n).tensor_split(max(1, n // 4)):
                 best, worst = ids[r[ids].argmax()], ids[r[ids].argmin()]
-                rows.writerow([prompts[i], files[best].name, files[worst].name])
+                rows.writerow([prompts[i], f"{names[best]}.mp4", f"{names[worst]}.mp4"])
     print(f"the best and the worst of each prompt: train_align.py --pairs {path}")
 
 

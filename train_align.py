@@ -25,10 +25,10 @@ from typing import Literal
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import (FRAMES, RANKS, RENDERERS, SIZE, Count, Run, Seed, Shapes, Size, Weights, add_gradients,
-                  all_gather, check_out, command, draw_noise, embed_text, fill, flawed_videos, launch,
-                  learning_rate_scale, micro_batches, overall, prompts_of, render_as, report_pairs, rng,
-                  shard, start_of, start_ranks, step_rows, world_of)
+from data import (DTYPES, FRAMES, RANKS, RENDERERS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
+                  add_gradients, all_gather, check_out, command, draw_noise, embed_text, fill, flawed_videos,
+                  launch, learning_rate_scale, micro_batches, noise_samples, overall, prompts_of, render_as,
+                  report_pairs, rng, shard, start_ranks, step_rows, world_of)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, unshard
 from reward import check_reward, load_reward
@@ -54,6 +54,7 @@ RECIPES = {
     "compile":       (False,        torch.cuda.is_available()),
     "ema":           (0.0,          0.0),
 }
+ONLY = {"beta": ("dpo",), "beta_schedule": ("dpo",), "tau": ("rwr",)}         # flags that other losses ignore
 TOY_LR = {"sft": 1e-3, "rwr": 1e-3}                                             # where it is not Flow-DPO's
 PRETRAIN = dict(lr=2e-3, lora_rank=0, lora_alpha=0.0, steps=3000, warmup=50, save_every=500, ema=0.998)
 
@@ -71,7 +72,7 @@ class Args:
     beta: float = 500.0                # dpo: KL strength, in units of the per-element MEAN error; the paper's
     beta_schedule: Literal["constant", "(1-t)^2", "t^2", "(1-t)/t"] = "constant"  # dpo: beta over time
     tau: float = 1.0                        # rwr: temperature of the weights exp(r / tau)
-    lora_rank: int | None = None            # 0 trains all weights against a frozen copy
+    lora_rank: int | None = None            # 0 trains all weights, in fp32, against a frozen copy
     lora_alpha: float | None = None         # adapters count alpha / rank
     lr: float | None = None                # constant after the warm-up; pretraining decays it to 0 at the end
     steps: Count | None = None              # optimizer steps
@@ -80,7 +81,7 @@ class Args:
     warmup: int | None = None               # steps of linear warm-up
     max_grad_norm: float = 1.0              # gradient clipping
     ema: float | None = None                # decay of the averaged weights that are saved; 0 is off
-    dtype: Literal["fp32", "bf16"] | None = None  # of the linear maps; norms, time, head, adapters are fp32
+    dtype: Literal["fp32", "bf16"] | None = None  # of linear maps; norms, head, all that is trained: fp32
     checkpointing: bool | None = None       # activation checkpointing; unset: for Wan
     decoupled: bool | None = None           # one video of a pair at a time; unset: where both don't fit
     compile: bool | None = None             # torch.compile the blocks; unset: for Wan on CUDA
@@ -104,15 +105,14 @@ def check(args, world):
     recipe = {name: dict(zip(("shapes", "wan"), columns))[world.name] for name, columns in RECIPES.items()}
     if world.name == "shapes":
         recipe["lr"] = TOY_LR.get(args.loss, recipe["lr"])
-    if args.lora_rank == 0:                                              # steps of all weights vanish in bf16
-        recipe["dtype"] = "fp32"
     fill(args, recipe | (PRETRAIN if pretrains else {}))
     fill(args, {"out": f"runs/{args.loss}", "labels": "human" if args.pairs else "reward"})
     world.latent_shape(args.frames, args.size)                                  # refuses what cannot be
+    for name, losses in ONLY.items():
+        if args.loss not in losses and getattr(args, name) != getattr(Args, name):
+            raise UserError(f"--{name} says nothing to --loss {args.loss}: it is of {', '.join(losses)}")
     if args.lora_rank < 0 or args.tau <= 0:
         raise UserError(f"--lora_rank {args.lora_rank}, --tau {args.tau}: give 0 or more, --tau more than 0")
-    if not args.lora_rank and args.dtype == "bf16":
-        raise UserError("--dtype bf16 is too coarse for the steps of all weights: set --lora_rank above 0")
     if args.batch % RANKS:
         raise UserError(f"--batch {args.batch} cannot be shared out evenly: take a multiple of {RANKS}")
     if args.shard and (RANKS == 1 or world.name == "shapes" or not args.lora_rank or args.ema):
@@ -134,7 +134,8 @@ def policy_and_reference(args, device):
     With LoRA the reference is the model with its new adapters off: those of earlier rounds stay on. Without,
     it is a frozen copy.
     """
-    start = load_model(args.model, torch.float32 if args.dtype == "fp32" else torch.bfloat16)
+    start = load_model(args.model, DTYPES[args.dtype] if args.lora_rank else torch.float32)
+    start.compute_dtype = None if args.lora_rank or args.dtype == "fp32" else torch.bfloat16
     start = start if args.shard else start.to(device)                      # sharding moves it, block by block
     if args.lora_rank:
         model = add_lora(start, args.lora_rank, args.lora_alpha, seed=args.seed)
@@ -277,7 +278,7 @@ def memory(device):
 def align(args, world, device):
     """Align a model with preferences; returns what eval.json holds."""
     pairs = world.read(args, labelled=args.labels == "human")                  # refuse first; then the folder
-    run = Run(args, device)
+    run = Run(args, device, longer=True)                                       # the learning rate is constant
     report_pairs(pairs, () if args.pairs else prompts_of(args.split))
     model, reference = policy_and_reference(args, device)
     B = 2 * args.batch if args.loss == "sft" else args.batch           # 2 x batch videos a step, in each loss
@@ -285,21 +286,26 @@ def align(args, world, device):
     move(args, model, reference, "cpu")                                         # encoders need the memory
     pairs, usable, r = label(args, world, world.encode(pairs, args), device)
     move(args, model, reference, device)
-    average = copy.deepcopy(model) if args.ema else None
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr, fused=True)
-    steps = args.steps = args.steps or -(-len(usable) // B)                     # one epoch
+    trained = [p for p in model.parameters() if p.requires_grad]
+    average = torch.nn.ParameterList(p.detach().clone() for p in trained) if args.ema else None
+    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
+    epoch = -(-len(usable) // B)
+    steps = args.steps = args.steps or epoch
+    print(f"{len(usable)} pairs / {B} a step: {steps} steps, {steps / epoch:.2g} epochs")
     if args.loss == "dpo":
         print(beta_elsewhere(args.beta, world.latents(pairs, [0])[0, 0].numel()))
 
     for step in run.steps(steps, model=model, average=average, optimizer=optimizer):
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(step, steps, args.warmup)
         rows = usable[step_rows(len(usable), B, args.seed, step)]
+        samples = noise_samples(rows)                                           # the noise is the row's own
         if args.loss == "rwr":          # exp(r / tau) over the whole step: what Flow-RWR makes of errors of 1
             weights = flow_rwr(torch.ones(2 * B), r[rows].flatten(), args.tau).view(B, 2).to(device)
         for places in micro_batches(B, args.accumulate):
-            ids = rows[places]                                                  # the noise is the row's own
+            ids = rows[places]
             x0, text = world.latents(pairs, ids).to(device), world.text(pairs, ids).to(device)
-            t, eps = (y.to(device) for y in draw_noise(x0.shape[2:], args.seed, step, ids.tolist()))
+            t, eps = draw_noise(x0.shape[2:], args.seed, step, [samples[i] for i in places])
+            t, eps = t.to(device), eps.to(device)
             if args.loss == "dpo":
                 with torch.no_grad(), reference() as frozen:
                     ref_w, ref_l = velocity_errors(frozen, x0, text, t, eps).unbind(1)
@@ -327,10 +333,10 @@ def align(args, world, device):
         run.check(pairs.where(rows), grad_norm)                                 # before a weight moves
         optimizer.step()
         optimizer.zero_grad()
-        if average:
-            update_average(average, model, args.ema, step)
+        if average is not None:
+            update_average(average, trained, args.ema, step)
         tell(run, grad_norm)
-    return finish(args, world, run, average or model, reference)
+    return finish(args, world, run, model, average, reference)
 
 
 def pretrain(args, device):
@@ -344,7 +350,7 @@ def pretrain(args, device):
     model = VideoDiT(PRESETS["toy"]).to(device)
     if args.compile:
         model.compile_blocks()
-    average = copy.deepcopy(model)
+    average = torch.nn.ParameterList(p.detach().clone() for p in model.parameters())
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if all(p is not q for q in matrices)]
     muon = torch.optim.Muon(matrices, lr=10 * args.lr)
@@ -369,16 +375,17 @@ def pretrain(args, device):
         for optimizer in (muon, adamw):
             optimizer.step()
             optimizer.zero_grad()
-        update_average(average, model, args.ema, step)
+        update_average(average, model.parameters(), args.ema, step)
         tell(run, grad_norm)
-    return finish(args, Shapes(), run, average, None)
+    return finish(args, Shapes(), run, model, average, None)
 
 
 @torch.no_grad()
-def update_average(average, model, ema, step):
-    """Move the averaged weights towards the model's, by more in the first steps: the rest of the decay ema.
+def update_average(average, trained, ema, step):
+    """Move the averaged weights towards the trained ones, by more in the first steps: the rest of the decay
+    ema.
     """
-    for a, p in zip(average.parameters(), model.parameters()):
+    for a, p in zip(average, trained):
         a.lerp_(p, 1 - min(ema, (step + 1) / (step + 10)))
 
 
@@ -388,7 +395,7 @@ def update_average(average, model, ema, step):
 # its logits pass 0.1 in size within 50 steps, its gradient factor stays above 0.3, and the winner's error
 # rises to no more than 1.3 times the reference's, the loser's a little further.
 SYMPTOMS = (
-    (lambda e, first: e["step"] >= 50 and e["logit"] < 0.02,
+    (lambda e, first: e["late"] and e["logit"] < 0.02,
      "the loss is still log 2, with logits of {logit:.4f}: nothing is learnt; raise --beta or --lr"),
     (lambda e, first: e["grad_factor"] < 0.01,
      "saturated: the gradient has {grad_factor:.2%} of its strength left; lower --beta"),
@@ -410,10 +417,11 @@ class Event(dict):
         return math.nan
 
 
-def diagnose(events):
-    """The sentences of SYMPTOMS that are true of the last of a run's events and were not of an earlier one.
+def diagnose(events, steps=50):
+    """The sentences of SYMPTOMS that are true of the last of a run's events and were not of an earlier one;
+    late is from step 50 on, or the last of fewer steps.
     """
-    events = [Event(e) for e in events]
+    events = [Event(e, late=e["step"] >= min(50, steps)) for e in events]
     return [sentence.format_map(events[-1]) for true, sentence in SYMPTOMS
             if true(events[-1], events[0]) and not any(true(e, events[0]) for e in events[:-1])]
 
@@ -437,16 +445,16 @@ def summary(names, seen):
 
 
 def tell(run, grad_norm):
-    """Every ten steps and at the end: log what was seen, show it on the bar, and print what the doctor says
-    of it.
+    """Every ten steps, or ten times in a short run, and at the end: log what was seen, show it on the bar,
+    and print what the doctor says of it.
     """
-    if (run.step + 1) % 10 and run.step + 1 < run.args.steps:
+    if (run.step + 1) % min(10, -(-run.args.steps // 10)) and run.step + 1 < run.args.steps:
         return
     event = summary(run.names, torch.cat(run.seen))
     run.log(grad_norm=grad_norm.item(), seconds=round(run.seconds(), 1), **event)
     shown = [name for name in ("loss", "implicit_acc", "gap_w", "gap_l") if name in event]
     run.bar.set_postfix({name: f"{event[name]:.4f}" for name in shown})
-    for verdict in diagnose(run.events):
+    for verdict in diagnose(run.events, run.args.steps):
         run.bar.write(f"step {run.step + 1}: {verdict}")
 
 
@@ -474,14 +482,18 @@ def distance(model, reference, videos, prompts, seed):
     return torch.cat(found).mean().item()
 
 
-def finish(args, world, run, model, reference):
+def finish(args, world, run, model, average, reference):
     """Save the model, and say how to judge it; of Shapes world draw its videos and judge them against the
     start model's or, pretrained, against videos such as it learnt from. Returns what eval.json holds.
     """
+    if average is not None:
+        with torch.no_grad():
+            for p, a in zip((p for p in model.parameters() if p.requires_grad), average):
+                p.copy_(a)
     model.eval()
     metadata = {"command": command(args), "seed": str(args.seed), **world.metadata}
     if args.lora_rank:
-        save_lora(model, run.folder / "lora.safetensors", metadata | {"start": start_of(args.model)})
+        save_lora(model, run.folder / "lora.safetensors", metadata | {"start": run.contents.get("start", "")})
     else:
         dtype = torch.float16 if reference is None else None                    # the base ships in 16 bit
         model.save_pretrained(run.folder / "transformer", metadata, dtype)

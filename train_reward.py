@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import (DIMS, RANKS, Count, Run, Seed, Size, check_out, command, draw_noise, fill, launch,
-                  learning_rate_scale, normalised, prompts_of, read_pairs, report_pairs, rng, step_rows,
-                  toy_pairs, true_scores, with_overall, world_of, write_json)
+from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Size, check_out, command, draw_noise, fill, launch,
+                  learning_rate_scale, noise_samples, normalised, prompts_of, read_pairs, report_pairs, rng,
+                  step_rows, toy_pairs, true_scores, with_overall, world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
 from reward import LatentReward, VideoReward, accuracies, check_videos, is_qwen, load_reward, reads
@@ -53,6 +53,7 @@ class Args:
     n_pairs: Count = 24000                  # training pairs of Shapes world
     label_noise: float = 1.0                # Shapes world: annotators' noise; 1 is that of the held-out pairs
     eval: str | None = None                 # evaluate this reward instead; --model: its Qwen2-VL, if moved
+    dtype: Literal["fp32", "bf16"] = "fp32"  # with --eval: of VideoReward's Qwen2-VL
     template: str | None = None             # the authors' prompt_template.py; their checkpoint needs it
     reward_token: Literal["special", "last"] = "special"  # where Qwen2-VL is read; last: Table 6, row III
     steps: Count | None = None              # optimizer steps
@@ -101,27 +102,27 @@ def check(args):
 
 # ---- scores, targets, loss ----
 
-def pair_scores(args, reward, world, pairs, rows, step, t=None):
-    """Raw scores (B, 2, 3) of A and B through one forward; of latents at time t, or as pair_noise draws it.
+def pair_scores(args, reward, world, pairs, rows, step, samples, t=None):
+    """Raw scores (B, 2, 3) of A and B through one forward; of latents at time t, or as pair_noise draws it
+    for samples.
     """
     device = reward.mean.device
     if isinstance(reward, VideoReward):
         paths, prompts = zip(*[(path, pairs.prompts[i]) for i in rows.tolist() for path in pairs.videos[i]])
         return reward(*(x.to(device) for x in reward.inputs(paths, prompts))).view(len(rows), 2, len(DIMS))
     x0, text = world.latents(pairs, rows), world.text(pairs, rows)
-    t, eps_a, eps_b = pair_noise(args, x0.shape[2:], rows, step, t)
+    t, eps_a, eps_b = pair_noise(args, x0.shape[2:], samples, step, t)
     xt = torch.stack([mix(x0[:, 0], eps_a, t), mix(x0[:, 1], eps_b, t)], dim=1).flatten(0, 1)
     t, text = t.repeat_interleave(2), text.repeat_interleave(2, dim=0)          # the same for both
-    with torch.autocast(device.type, torch.bfloat16, enabled=reward.reads == "wan"):        # which is large
-        return reward(xt.to(device), t.to(device), text.to(device)).float().view(len(rows), 2, len(DIMS))
+    return reward(xt.to(device), t.to(device), text.to(device)).view(len(rows), 2, len(DIMS))
 
 
-def pair_noise(args, shape, rows, step, t=None):
+def pair_noise(args, shape, samples, step, t=None):
     """(t, eps_a, eps_b) of a batch of latents of this shape. t (B,): as given, or uniform for a noisy reward
     and 0 for a clean one.
     """
-    drawn, eps_a = draw_noise(shape, args.seed, step, rows.tolist())
-    eps_b = eps_a if args.shared_noise else draw_noise(shape, args.seed + 1, step, rows.tolist())[1]
+    drawn, eps_a = draw_noise(shape, args.seed, step, samples)
+    eps_b = eps_a if args.shared_noise else draw_noise(shape, args.seed + 1, step, samples)[1]
     t = drawn if t is None and args.noisy else torch.full_like(drawn, t or 0.0)
     return t, eps_a, eps_b
 
@@ -130,8 +131,8 @@ def pair_noise(args, shape, rows, step, t=None):
 def raw_scores(args, reward, world, pairs, rows, t=None):
     """Raw scores (len(rows), 2, 3); of latents at times as in training or all at t."""
     batch = 64 if reward.reads == "shapes" else 1                         # files and latents of Wan are large
-    r = [pair_scores(args, reward, world, pairs, ids, 2**31, t).cpu() for ids in rows.split(batch)]
-    return torch.cat(r)
+    return torch.cat([pair_scores(args, reward, world, pairs, ids, 2**31, ids.tolist(), t).cpu()
+                      for ids in rows.split(batch)])
 
 
 def targets(args, pairs):
@@ -217,15 +218,17 @@ def train(args, kind, device):
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(step, args.steps, warmup, decay)
         rows = train_rows[step_rows(len(train_rows), args.batch, args.seed, step)]
         labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0
-        for ids in rows.chunk(args.accumulate):
-            r = pair_scores(args, reward, world, pairs, ids, step)
+        samples = noise_samples(rows)
+        for places in torch.arange(len(rows)).chunk(args.accumulate):
+            ids = rows[places]
+            r = pair_scores(args, reward, world, pairs, ids, step, [samples[i] for i in places])
             share = (~target[ids].isnan()).sum() / labelled           # so that parts add up to the whole mean
             part = share.to(device) * pair_loss(args, r, target[ids].to(device))
             part.backward()
             loss = loss + part.detach()
         grad_norm = clip_grad_norm_(reward.parameters(), 1.0)
         run.see(loss=loss[None])
-        t = None if kind == "files" else pair_noise(args, (), rows, step)[0].tolist()
+        t = None if kind == "files" else pair_noise(args, (), samples, step)[0].tolist()
         run.check(pairs.where(rows), grad_norm, t=t)                            # before a weight moves
         optimizer.step()
         optimizer.zero_grad()
@@ -307,7 +310,7 @@ def benchmark(args, kind, device):
     if kind == "files":
         check_videos(path for pair in pairs.videos for path in pair)
     moved = args.model if kind == "files" and args.model != Args.model else None
-    reward = load_reward(args.eval, moved, args.template).to(device)
+    reward = load_reward(args.eval, moved, args.template, DTYPES[args.dtype]).to(device)
     if kind == "shapes":
         result = evaluate_toy(args, reward, world_of(args.model))
     else:
