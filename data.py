@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import typing
+import uuid
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -999,11 +1000,12 @@ def is_cached(file):
 
 
 def save_cached(x, file):
-    """Write one tensor in bf16, to a temporary name of this process and then renamed."""
+    """Write one tensor in bf16, to a name that no other writer has and then renamed."""
     from safetensors.torch import save
     x = x.to(torch.bfloat16).contiguous()
-    Path(f"{file}.{os.getpid()}.tmp").write_bytes(save({"x": x}, {"sha256": sha256(x)}))
-    os.replace(f"{file}.{os.getpid()}.tmp", file)
+    temporary = Path(f"{file}.{uuid.uuid4().hex}.tmp")
+    temporary.write_bytes(save({"x": x}, {"sha256": sha256(x)}))
+    os.replace(temporary, file)
 
 
 def sha256(x):
@@ -1289,7 +1291,14 @@ class Weights(tuple):
         return super().__new__(cls, numbers)
 
 
-def parse_args(cls, doc, argv=None):
+def recipes(names, rows):
+    """{flag: {name: value}} of a table {flag: a value for each of the names}: what flags that are unset fall
+    to.
+    """
+    return {flag: dict(zip(names, row)) for flag, row in rows.items()}
+
+
+def parse_args(cls, doc, argv=None, recipe=None):
     """An instance of the dataclass cls from the command line. Annotations give the types, trailing comments
     the help.
 
@@ -1308,6 +1317,8 @@ def parse_args(cls, doc, argv=None):
         options = dict(default=f.default, help=note)
         if f.default not in (None, (), ""):
             options["help"] += f" [{f.default}]"
+        if f.name in (recipe or {}):
+            options["help"] += f" [{', '.join(f'{name} {value}' for name, value in recipe[f.name].items())}]"
         if typing.get_origin(kind) is typing.Literal:
             options |= dict(choices=typing.get_args(kind))
         elif kind is bool:
@@ -1328,20 +1339,20 @@ def parse_args(cls, doc, argv=None):
     return cls(**vars(args))
 
 
-def fill(args, recipe):
-    """Set the flags of args that were left to the recipe {name: value}."""
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+def fill(args, values):
+    """Set the flags of args that are unset to these values {flag: value}."""
+    for flag, value in values.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
 
 
-def launch(main, cls, doc, argv=None):
+def launch(main, cls, doc, argv=None, recipe=None):
     """Run main with the arguments of the command line. What the user can mend, and a file or disk that fails,
     ends in one line and exit status 2; of several processes the one at fault says it, and torchrun ends the
     rest, which may be waiting for it.
     """
     try:
-        result = main(parse_args(cls, doc, argv))
+        result = main(parse_args(cls, doc, argv, recipe))
     except (UserError, OSError) as e:
         rank = f" rank {RANK}:" if RANKS > 1 else ""
         print(f"error:{rank}", *str(e).splitlines(), file=sys.stderr)

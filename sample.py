@@ -30,7 +30,7 @@ import torch
 from data import (DIMS, FRAMES, PROMPTS, RANK, RANKS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
                   caption_of, check_out, check_world, clean_videos, contact_sheet, fill, gather_rows, launch,
                   lineage, markdown, metadata_of, normalised, on_rank_0, oracle, overall, pretrained,
-                  progress, read_log, read_table, rng, start_of, start_ranks, to_float, to_uint8,
+                  progress, read_log, read_table, recipes, rng, start_of, start_ranks, to_float, to_uint8,
                   weights_file, with_overall, world_of, write_json, write_video)
 from model import UserError, VideoDiT, find, load_lora, lora_disabled, read_json, read_tensors, save_tensors
 from reward import LatentReward, check_reward, load_reward, reads
@@ -424,15 +424,14 @@ def figure(folders, x, ys, by, out):
 # ---- the script ----
 
 # What unset flags fall to.
-RECIPES = {
-    #         toy           Wan 2.1 1.3B   14B, each by its own README
-    "steps":  (16,           50,           50),
-    "shift":  (3.0,          8.0,          5.0),
-    "cfg":    (4.5,          6.0,          5.0),
-    "frames": (FRAMES,       81,           81),
-    "size":   ((SIZE, SIZE), (480, 832),   (480, 832)),
-    "batch":  (64,           1,            1),
-}
+RECIPES = recipes(("shapes", "wan", "wan-14b"), {                               # Wan's are of its own README
+    "steps":  (16,           50,         50),
+    "shift":  (3.0,          8.0,        5.0),
+    "cfg":    (4.5,          6.0,        5.0),
+    "frames": (FRAMES,       81,         81),
+    "size":   ((SIZE, SIZE), (480, 832), (480, 832)),
+    "batch":  (64,           1,          1),
+})
 
 
 @dataclass
@@ -526,8 +525,7 @@ def check(args, world):
     if args.ckpt:                                                               # as it was trained
         own = read_json(lineage(args.ckpt)[0] / "config.json")["args"]
         fill(args, {name: own.get(name) for name in ("frames", "size")})
-    column = ("shapes", "wan", "wan-14b").index(world.recipe)
-    fill(args, {name: columns[column] for name, columns in RECIPES.items()})
+    fill(args, {flag: values[world.recipe] for flag, values in RECIPES.items()})
     fill(args, {"dtype": "bf16" if world.name == "wan" and torch.cuda.is_available() else "fp32"})
     world.latent_shape(args.frames, args.size)                                  # refuses what cannot be
     rows = read_prompts(args, world)
@@ -646,4 +644,4 @@ if __name__ == "__main__":
     if any(word.startswith("--compare") for word in sys.argv):
         launch(compare, Compare, __doc__)
     else:
-        launch(main, Args, __doc__)
+        launch(main, Args, __doc__, recipe=RECIPES)

@@ -27,8 +27,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import (DTYPES, FRAMES, RANKS, RENDERERS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
                   add_gradients, all_gather, check_out, command, draw_noise, embed_text, fill, flawed_videos,
-                  launch, learning_rate_scale, micro_batches, noise_samples, overall, prompts_of, render_as,
-                  report_pairs, rng, shard, start_ranks, step_rows, world_of)
+                  launch, learning_rate_scale, micro_batches, noise_samples, overall, prompts_of, recipes,
+                  render_as, report_pairs, rng, shard, start_ranks, step_rows, world_of)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, unshard
 from reward import check_reward, load_reward
@@ -36,8 +36,7 @@ from sample import evaluate, load_model, report, toy_videos
 
 # What unset flags fall to. The second column is the paper's Table 10, one recipe for all three losses; the
 # first was tuned on validation prompts.
-RECIPES = {
-    #                 toy           Wan
+RECIPES = recipes(("shapes", "wan"), {
     "lr":            (3e-4,         5e-6),
     "lora_rank":     (16,           64),
     "lora_alpha":    (32.0,         128.0),
@@ -53,10 +52,10 @@ RECIPES = {
     "decoupled":     (False,        None),                                      # None: rehearse decides
     "compile":       (False,        torch.cuda.is_available()),
     "ema":           (0.0,          0.0),
-}
-ONLY = {"beta": ("dpo",), "beta_schedule": ("dpo",), "tau": ("rwr",)}         # flags that other losses ignore
+})
 TOY_LR = {"sft": 1e-3, "rwr": 1e-3}                                             # where it is not Flow-DPO's
 PRETRAIN = dict(lr=2e-3, lora_rank=0, lora_alpha=0.0, steps=3000, warmup=50, save_every=500, ema=0.998)
+ONLY = {"beta": ("dpo",), "beta_schedule": ("dpo",), "tau": ("rwr",)}         # flags that other losses ignore
 
 
 @dataclass
@@ -102,7 +101,7 @@ class Args:
 def check(args, world):
     """Fill unset flags from the recipe, and refuse what contradicts itself, before any work is done."""
     pretrains = args.loss == "pretrain"
-    recipe = {name: dict(zip(("shapes", "wan"), columns))[world.name] for name, columns in RECIPES.items()}
+    recipe = {flag: values[world.name] for flag, values in RECIPES.items()}
     if world.name == "shapes":
         recipe["lr"] = TOY_LR.get(args.loss, recipe["lr"])
     fill(args, recipe | (PRETRAIN if pretrains else {}))
@@ -248,6 +247,8 @@ def rehearse(args, world, model, reference, steps, device):
                 torch.cuda.synchronize()
         return time.time() - tic
 
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()                                   # from here on it is training's
     before, total = memory(device)
     spent, peak = seconds(args.decoupled is not False), memory(device)[0]
     held = 4 * (3 if args.ema else 2) * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -531,4 +532,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch(main, Args, __doc__)
+    launch(main, Args, __doc__, recipe=RECIPES)

@@ -22,8 +22,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Size, check_out, command, draw_noise, fill, launch,
-                  learning_rate_scale, noise_samples, normalised, prompts_of, read_pairs, report_pairs, rng,
-                  step_rows, toy_pairs, true_scores, with_overall, world_of, write_json)
+                  learning_rate_scale, noise_samples, normalised, prompts_of, read_pairs, recipes, report_pairs,
+                  rng, step_rows, toy_pairs, true_scores, with_overall, world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
 from reward import LatentReward, VideoReward, accuracies, check_videos, is_qwen, load_reward, reads
@@ -31,11 +31,13 @@ from sample import load_model, print_accuracies
 
 # What unset flags fall to, by what the reward reads. Of files and Wan they are the paper's (Table 11), where
 # unset steps make two epochs; how many blocks the noisy reward of Wan has, the paper doesn't say.
-RECIPES = {
-    "shapes": dict(lr=1e-3, batch=32, accumulate=1, steps=2400, depth=2),
-    "wan":    dict(lr=5e-6, batch=144, accumulate=144, depth=8),
-    "files":  dict(lr=2e-6, batch=32, accumulate=32),
-}
+RECIPES = recipes(("shapes", "wan", "files"), {
+    "lr":         (1e-3,         5e-6,       2e-6),
+    "batch":      (32,           144,        32),
+    "accumulate": (1,            144,        32),
+    "steps":      (2400,         None,       None),
+    "depth":      (2,            8,          None),
+})
 # VideoReward's accuracies in the paper (Table 2). GenAI-Bench has one label, held against TA alone.
 PAPER = {"VideoGen-RewardBench": {"VQ": (.7566, .5968), "MQ": (.7470, .6603), "TA": (.7220, .5380),
                                   "Overall": (.7359, .6126)},
@@ -79,7 +81,7 @@ def check(args):
         kind = reads(args.eval)
     else:
         kind = "files" if is_qwen(args.model) else world_of(args.model).name
-        fill(args, RECIPES[kind])
+        fill(args, {flag: values[kind] for flag, values in RECIPES.items()})
     fill(args, {"loss": "bt" if args.noisy else "btt",
                 "out": "runs/eval" if args.eval else "runs/noisy" if args.noisy else "runs/reward"})
     if args.tie <= 1:
@@ -353,4 +355,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch(main, Args, __doc__)
+    launch(main, Args, __doc__, recipe=RECIPES)
