@@ -672,7 +672,7 @@ def markdown(head, rows):
 class Shapes:
     """Shapes world: its latents are pixels, its text encoder a table of words, and its truth is known."""
     name, fps, zoom, text_len = "shapes", FPS, 8, TEXT_LEN                # zoom: 24 pixels are few to look at
-    judges, recipe = ("shapes",), "shapes"                               # judges: what a reward may read here
+    judges, recipe, boundary = ("shapes",), "shapes", None               # judges: what a reward may read here
     prompts, check_prompts = staticmethod(prompts_of), staticmethod(attributes)   # of a split; refuses others
     embed, embed_rows, truth = staticmethod(embed_text), staticmethod(embed_text), staticmethod(oracle)
     pad = staticmethod(torch.stack)
@@ -703,6 +703,12 @@ class Shapes:
         pairs = leave_out(pairs, bad)
         pairs.videos = torch.stack([torch.stack([clips[path] for path in pair]) for pair in pairs.videos])
         return pairs
+
+    def t_range(self, expert):
+        """All times: there are no experts."""
+        if expert:
+            raise UserError(f"--expert {expert} is for Wan 2.2 A14B, which has two")
+        return 0.0, 1.0
 
     def latents(self, pairs, rows):
         """x0 (len(rows), 2, 3, T, H, W) of A and B, fp32 in [-1, 1]."""
@@ -760,25 +766,50 @@ WAN_FPS, WAN_TEXT_LEN = 16, 512
 
 
 class Wan:
-    """The autoencoder and UMT5 text encoder of a Wan 2.1 folder or hub repository in diffusers' layout; each
-    is loaded when it is needed and never both. What was encoded lies in a cache, and self.cached knows where.
+    """The autoencoder and UMT5 text encoder of a Wan 2.1 or 2.2 folder or hub repository in diffusers'
+    layout; each is loaded when it is needed and never both. What was encoded lies in a cache, and self.cached
+    knows where. Which Wan it is, the folder's own files tell: recipe; fps; boundary, the time that parts the
+    two experts of 2.2 A14B, else None.
     """
-    name, fps, zoom, text_len = "wan", WAN_FPS, 1, WAN_TEXT_LEN
+    name, zoom, text_len = "wan", 1, WAN_TEXT_LEN
     judges, metadata, truth = ("wan", "files"), {}, None                        # nobody knows the truth
 
     def __init__(self, path, device="cpu"):
         self.path, self.device, self.loaded_vae = path, device, None
         self.prints, self.cached = {}, {}       # {video: its fingerprint}, {video or prompt: its cached file}
         names = "vae", "text_encoder", "tokenizer"
-        self.folder = fetch(path, [f"{name}/*.json" for name in (*names, "transformer")])
+        configs = [f"{name}/*.json" for name in (*names, "transformer")]
+        self.folder = fetch(path, ["model_index.json", *configs])
         missing = [name for name in names if not (self.folder / name).is_dir()]
         if missing:
             raise UserError(f"{path} holds no {', '.join(missing)}: take a folder or hub repository in "
                             "diffusers' layout, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
         self.config = read_json(self.folder / "vae" / "config.json")
-        dit = self.folder / "transformer" / "config.json"
+        self.channels = self.config.get("z_dim", 16)
+        index, dit = self.folder / "model_index.json", self.folder / "transformer" / "config.json"
+        index = read_json(index) if index.exists() else {}
+        pipeline, experts = index.get("_class_name", "WanPipeline"), index.get("transformer_2") or [None]
+        if pipeline != "WanPipeline":
+            raise UserError(f"{path} is a {pipeline}: only text-to-video is supported, a WanPipeline")
+        self.boundary = index.get("boundary_ratio") if experts[0] else None
+        if experts[0] and not isinstance(self.boundary, float):
+            raise UserError(f"{path}/model_index.json has a transformer_2 and no boundary_ratio: no Wan 2.2")
         large = dit.exists() and read_config(dit).dim == PRESETS["wan-14b"].dim
-        self.recipe = "wan-14b" if large else "wan"
+        self.recipe, self.fps = "wan-14b" if large else "wan", WAN_FPS
+        if self.boundary:
+            self.recipe = "wan-2.2-a14b"
+        if index.get("expand_timesteps"):                              # of the time of each token, here equal
+            self.recipe, self.fps = "wan-2.2-5b", 24
+
+    def t_range(self, expert):
+        """The times that an expert, high or low, is for; of a model without experts all. UserError where an
+        expert must be named, or cannot be.
+        """
+        if self.boundary and not expert:
+            raise UserError(f"{self.path} has two experts, each with its own run: give --expert high or low")
+        if expert and not self.boundary:
+            raise UserError(f"--expert {expert}: {self.path} is one model, without experts")
+        return {None: (0.0, 1.0), "high": (self.boundary, 1.0), "low": (0.0, self.boundary)}[expert]
 
     def part(self, name):
         """The folder of one of the models, downloaded when it is needed."""
@@ -867,7 +898,7 @@ class Wan:
             raise UserError(f"--frames {frames}: Wan's autoencoder takes {time}k + 1 frames, such as 81")
         if any(x % (2 * space) for x in size):
             raise UserError(f"--size {size[0]},{size[1]}: give multiples of {2 * space}, such as 480,832")
-        return self.config.get("z_dim", 16), (frames - 1) // time + 1, size[0] // space, size[1] // space
+        return self.channels, (frames - 1) // time + 1, size[0] // space, size[1] // space
 
     def vae(self):
         """(autoencoder, mean, std): the statistics (1, C, 1, 1, 1) that its latents are normalised with."""
@@ -1207,8 +1238,8 @@ def rng(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
 
 
-def draw_noise(shape, seed, step, samples, logit_normal=False):
-    """t (B,) and eps (B, *shape) for the samples with these indices: t uniform in [0, 1), or logit-normal,
+def draw_noise(shape, seed, step, samples, logit_normal=False, t_range=(0.0, 1.0)):
+    """t (B,) and eps (B, *shape) for the samples with these indices: t uniform in t_range, or logit-normal,
     eps normal.
 
     A function of (seed, step, sample) alone, so that resuming, splitting a batch and several ranks agree by
@@ -1218,7 +1249,8 @@ def draw_noise(shape, seed, step, samples, logit_normal=False):
     if logit_normal:
         t = torch.stack([torch.randn((), generator=g) for g in draws]).sigmoid()
     else:
-        t = torch.stack([torch.rand((), generator=g) for g in draws])
+        low, high = t_range
+        t = low + (high - low) * torch.stack([torch.rand((), generator=g) for g in draws])
     return t, torch.stack([torch.randn(shape, generator=g) for g in draws])
 
 

@@ -50,6 +50,8 @@ PRESETS = {
                   num_heads=5, num_layers=6),
     "wan-1.3b": Config(),
     "wan-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "wan-2.2-a14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),    # each of its two experts
+    "wan-2.2-5b": Config(in_dim=48, dim=3072, ffn_dim=14336, num_heads=24, num_layers=30),
 }
 
 
@@ -255,7 +257,7 @@ class VideoDiT(nn.Module):
         return x.reshape(-1, self.config.in_dim, T * p[0], H * p[1], W * p[2])
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None):
+    def from_pretrained(cls, path, dtype=None, part="transformer"):
         """The model in a folder or hub repository, in diffusers' layout (or its transformer/) or official
         Wan's.
 
@@ -263,8 +265,8 @@ class VideoDiT(nn.Module):
         Tensors are mapped from the file and assigned, so there is never a second copy. UserError names
         missing, unexpected and misshapen weights, and an architecture other than text-to-video.
         """
-        folder = fetch(path, ["config.json", "diffusion_pytorch_model*", "transformer/*"])
-        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+        folder = fetch(path, ["config.json", "diffusion_pytorch_model*", f"{part}/*"])
+        folder = folder / part if (folder / part).is_dir() else folder
         files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
         if not files or not (folder / "config.json").exists():
             raise UserError(f"{path} holds no config.json with diffusion_pytorch_model*.safetensors")
@@ -289,6 +291,24 @@ class VideoDiT(nn.Module):
         """torch.compile, block by block and in place: one compilation serves all, parameter names stay."""
         for block in self.blocks:
             block.compile(dynamic=False)
+
+
+class Experts(nn.Module):
+    """Wan 2.2 A14B: a VideoDiT for times from boundary up and another below. The one in use comes to the
+    device of xt and sends the other to the CPU, if it is not there already.
+    """
+
+    def __init__(self, high, low, boundary):
+        super().__init__()
+        self.high, self.low, self.boundary, self.config = high, low, boundary, high.config
+
+    def forward(self, xt, t, text):
+        """Velocity like xt (B, C, T, H, W), at one time t (B,) for all."""
+        expert, other = (self.high, self.low) if t[0] >= self.boundary else (self.low, self.high)
+        if next(expert.parameters()).device != xt.device:
+            other.cpu()
+            expert.to(xt.device)
+        return expert(xt, t, text)
 
 
 # ---- LoRA (Hu et al. 2021, arXiv:2106.09685) ----

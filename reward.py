@@ -591,12 +591,18 @@ def reads(path):
     return "shapes" if "world" in read_tensors(file, metadata_only=True)[1] else "wan"
 
 
-def check_reward(path, world):
-    """Refuse, before any work, a reward that cannot judge what a model of this world draws."""
-    kind = reads(path)
-    if kind not in world.judges:
-        raise UserError(f"{path} reads {kind}, and what this model draws is judged by a reward that reads "
-                        f"{' or '.join(world.judges)}: name another, such as a run of train_reward.py")
+def check_reward(path, world, kinds=None):
+    """Refuse, before any work, a reward that cannot judge what a model of this world draws; kinds: what it
+    may read, unset: all that can.
+    """
+    kind, kinds = reads(path), kinds or world.judges
+    if kind not in kinds:
+        raise UserError(f"{path} reads {kind}, and one that reads {' or '.join(kinds)} is needed: name another "
+                        "run of train_reward.py")
+    if kind == "wan":
+        own = read_config(json.loads(read_tensors(fetch(path, []) / "reward.safetensors", True)[1]["config"]))
+        if own.in_dim != world.channels:
+            raise UserError(f"{path} reads {own.in_dim} latent channels, and this Wan has {world.channels}")
 
 
 def load_reward(path, base=None, template=None, dtype=None):

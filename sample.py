@@ -27,13 +27,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data import (DIMS, FRAMES, PROMPTS, RANK, RANKS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
+from data import (DIMS, DTYPES, FRAMES, PROMPTS, RANK, RANKS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
                   caption_of, check_out, check_world, clean_videos, contact_sheet, fill, gather_rows, launch,
                   lineage, markdown, metadata_of, normalised, on_rank_0, oracle, overall, pretrained,
                   progress, read_log, read_table, recipes, rng, start_of, start_ranks, to_float, to_uint8,
                   weights_file, with_overall, world_of, write_json, write_video)
-from model import UserError, VideoDiT, find, load_lora, lora_disabled, read_json, read_tensors, save_tensors
-from reward import LatentReward, check_reward, load_reward, reads
+from model import (Experts, UserError, VideoDiT, find, load_lora, lora_disabled, read_json, read_tensors,
+                   save_tensors)
+from reward import LatentReward, check_reward, load_reward
 
 
 # ---- the sampler ----
@@ -96,15 +97,21 @@ def nrg(velocity, reward, rg_scale, dim_w=(1.0, 1.0, 1.0), max_ratio=float("inf"
 
 # ---- models and drawing ----
 
-def load_model(path, dtype=torch.float32):
+def expert_of(path):
+    """Which expert of Wan 2.2 A14B the run at path is of; None of others and of a pretrained model."""
+    folder = lineage(path)[0]
+    return read_json(folder / "config.json")["args"].get("expert") if folder != pretrained(path) else None
+
+
+def load_model(path, dtype=torch.float32, expert=None):
     """The VideoDiT at path, eval mode, its adapters on where it was trained with LoRA; dtype of its linear
-    maps.
+    maps; expert: which of a pretrained Wan 2.2 A14B, a run knows its own.
     """
-    folder, start = lineage(path)[0], pretrained(path)
+    folder, start, expert = lineage(path)[0], pretrained(path), expert_of(path) or expert
     whole = metadata_of(weights_file(start))
     if "world" in whole:
         check_world(whole, weights_file(start))
-    model = VideoDiT.from_pretrained(start, dtype)
+    model = VideoDiT.from_pretrained(start, dtype, "transformer_2" if expert == "low" else "transformer")
     if folder != start:
         lora = folder / "lora.safetensors"
         if metadata_of(lora).get("start") not in (None, start_of(path)):
@@ -114,16 +121,37 @@ def load_model(path, dtype=torch.float32):
     return model.eval().requires_grad_(False)
 
 
+def load_all(paths, world, dtype, loras=()):
+    """The model of a path or, of Wan 2.2 A14B, its Experts: runs of one or both, the plain one beside a
+    single run; loras: files to put on it, of experts the high one's first.
+    """
+    if world.boundary is None:
+        if len(paths) > 1:
+            raise UserError("two runs make a model of Wan 2.2 A14B alone, one of each expert")
+        models = [load_model(paths[0], dtype)]
+    else:
+        runs = {expert_of(path) or "both": path for path in paths}
+        if len(runs) < len(paths):
+            raise UserError(f"{' and '.join(paths)} are of the same expert: give one of each")
+        plain = lineage(paths[0])[-1]
+        models = [load_model(runs.get(expert, plain), dtype, expert) for expert in ("high", "low")]
+        print(f"two experts: {runs.get('high', plain)} for t from {world.boundary} up, {runs.get('low', plain)} below")
+    for model, file in zip(models, loras):
+        load_lora(model, file)
+    return models[0] if world.boundary is None else Experts(*models, world.boundary)
+
+
 @torch.no_grad()
 def generate(model, world, prompts, texts, seed, ts, size=(FRAMES, SIZE, SIZE), cfg_scale=1.0, negative="",
-             batch=64, reward=None, **guidance):
+             batch=64, cfg_low=None, reward=None, **guidance):
     """Yield (latents (C, T', H', W'), video (3, T, H, W) in [-1, 1]) of each prompt, on the CPU.
 
     texts: embed_all of prompts and negative; size: frames, height, width of the videos; ts: decreasing times
     from 1 to 0. The i-th noise is a function of (seed, i). Of several ranks each draws its share,
     prompts[RANK::RANKS].
     """
-    device, shape = next(model.parameters()).device, world.latent_shape(size[0], size[1:])
+    shape = world.latent_shape(size[0], size[1:])
+    device = next((p.device for p in model.parameters() if p.is_cuda), torch.device("cpu"))   # of an expert's
     mine = range(RANK, len(prompts), RANKS)
     for ids in progress([mine[i:i + batch] for i in range(0, len(mine), batch)], "sampling"):
         text = world.pad([texts[prompts[i]] for i in ids]).to(device)
@@ -134,11 +162,21 @@ def generate(model, world, prompts, texts, seed, ts, size=(FRAMES, SIZE, SIZE), 
             return t.to(x).expand(len(x))
         velocity = lambda x, t: model(x, at(x, t), text)
         if cfg_scale != 1:
-            velocity = cfg(velocity, lambda x, t: model(x, at(x, t), null), cfg_scale)
+            velocity_null = lambda x, t: model(x, at(x, t), null)
+            velocity = guided_by(velocity, velocity_null, cfg_scale, cfg_low, world.boundary)
         if reward is not None:
             velocity = nrg(velocity, lambda x, t: reward.score(x, at(x, t), text), **guidance)
         for x in euler(velocity, eps, ts):
             yield x.cpu(), world.decode(x[None])[0]
+
+
+def guided_by(velocity, velocity_null, scale, scale_low, boundary):
+    """cfg with scale or, at times below the boundary of two experts, scale_low."""
+    high = cfg(velocity, velocity_null, scale)
+    if boundary is None or scale_low is None:
+        return high
+    low = cfg(velocity, velocity_null, scale_low)
+    return lambda x, t: high(x, t) if t >= boundary else low(x, t)
 
 
 def embed_all(world, prompts, negative=""):
@@ -423,31 +461,34 @@ def figure(folders, x, ys, by, out):
 
 # ---- the script ----
 
-# What unset flags fall to.
-RECIPES = recipes(("shapes", "wan", "wan-14b"), {                               # Wan's are of its own README
-    "steps":  (16,           50,         50),
-    "shift":  (3.0,          8.0,        5.0),
-    "cfg":    (4.5,          6.0,        5.0),
-    "frames": (FRAMES,       81,         81),
-    "size":   ((SIZE, SIZE), (480, 832), (480, 832)),
-    "batch":  (64,           1,          1),
+# What unset flags fall to: the toy's, and of Wan its own README's. The converter to diffusers writes a shift
+# of 3 into the folder of 2.2 A14B, whose own is 12.
+RECIPES = recipes(("shapes", "wan", "wan-14b", "wan-2.2-a14b", "wan-2.2-5b"), {
+    "steps":   (16,           50,         50,         40,         50),
+    "shift":   (3.0,          8.0,        5.0,        12.0,       5.0),
+    "cfg":     (4.5,          6.0,        5.0,        4.0,        5.0),
+    "cfg_low": (None,         None,       None,       3.0,        None),
+    "frames":  (FRAMES,       81,         81,         81,         121),
+    "size":    ((SIZE, SIZE), (480, 832), (480, 832), (480, 832), (704, 1280)),
+    "batch":   (64,           1,          1,          1,          1),
 })
 
 
 @dataclass
 class Args:
     model: str = "assets/base"              # the model: a run folder, or a Wan folder or hub repository
-    ckpt: str = ""                          # run folder of an aligned model, in place of --model
-    lora: str = ""                          # LoRA file to put on --model
+    ckpt: list = ()               # run folder of an aligned model, in place of --model; A14B: of both experts
+    lora: list = ()                 # LoRA file to put on the model; A14B: the high expert's and the low one's
     prompt: list = ()                       # what to draw
     prompts: str = ""              # or a CSV or JSONL file with a column `prompt`; toy: also train, val, eval
     n_per_prompt: Count = 1                 # videos per prompt
     negative: str = ""                 # Wan: what guidance moves away from; official Wan has a long text here
-    frames: Count | None = None             # Wan: frames, 4k + 1, at 16 per second
-    size: Size | None = None                # Wan: height and width, multiples of 16
+    frames: Count | None = None             # Wan: frames, 4k + 1, at 16 per second (2.2 5B: 24)
+    size: Size | None = None                # Wan: height and width, multiples of 16 (2.2 5B: 32)
     steps: Count | None = None              # Euler steps
     shift: float | None = None              # timestep shift
     cfg: float | None = None                # classifier-free guidance scale; 1 is off
+    cfg_low: float | None = None            # Wan 2.2 A14B: that of the low-noise expert
     nrg: str = ""                           # run folder of a noisy reward: guide by it (Flow-NRG)
     rg_scale: float = 4.0                   # strength of reward guidance, the paper's w
     dim_w: Weights = (1.0, 1.0, 1.0)        # weights of VQ, MQ, TA in the guiding reward
@@ -461,6 +502,9 @@ class Args:
     reward: str = ""          # who judges --against, and the best and worst of --n_per_prompt; toy: or oracle
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     out: str = "runs/sample"                # folder for the results
+
+    def __post_init__(self):                                              # a single one may be given as it is
+        self.ckpt, self.lora = ([x] if isinstance(x, str) else list(x) for x in (self.ckpt, self.lora))
 
 
 @dataclass
@@ -509,12 +553,10 @@ def file_names(args, rows):
 
 
 def trained_on(ckpt):
-    """The prompts of the pairs file that the run ckpt was aligned with; none where it can't tell."""
-    file = Path(ckpt) / "config.json"
-    args = read_json(file).get("args") if ckpt and file.exists() else None
-    pairs = args.get("pairs") if isinstance(args, dict) else None
-    rows = read_table(pairs) if pairs and Path(pairs).exists() else []
-    return {row.get("prompt", "").strip() for _, row in rows}
+    """The prompts of the pairs files that the runs ckpt were aligned with, as far as they can tell."""
+    files = [read_json(lineage(path)[0] / "config.json")["args"].get("pairs") for path in ckpt]
+    rows = [row for file in files if file and Path(file).exists() for _, row in read_table(file)]
+    return {row.get("prompt", "").strip() for row in rows}
 
 
 def check(args, world):
@@ -523,7 +565,7 @@ def check(args, world):
         raise UserError(f"one thing at a time: --prompt \"{PROMPTS[0]}\", --prompts FILE, --eval 512 or "
                         "--compare RUN")
     if args.ckpt:                                                               # as it was trained
-        own = read_json(lineage(args.ckpt)[0] / "config.json")["args"]
+        own = read_json(lineage(args.ckpt[0])[0] / "config.json")["args"]
         fill(args, {name: own.get(name) for name in ("frames", "size")})
     fill(args, {flag: values[world.recipe] for flag, values in RECIPES.items()})
     fill(args, {"dtype": "bf16" if world.name == "wan" and torch.cuda.is_available() else "fp32"})
@@ -535,38 +577,37 @@ def check(args, world):
                         "--n_per_prompt 4")
     shared = trained_on(args.ckpt) & {row["prompt"].strip() for row in rows} if args.against else None
     if shared:
-        print(f"{len(shared)} of the prompts are in the pairs of {args.ckpt}: win rates on them flatter it")
-    if args.nrg and reads(args.nrg) != world.name:
-        raise UserError(f"--nrg {args.nrg} does not read the latents of {world.name}: train one that does by "
-                        "train_reward.py --noisy")
+        print(f"{len(shared)} of the prompts are in the pairs of {args.ckpt[0]}: that flatters its win rates")
+    if args.nrg:
+        check_reward(args.nrg, world, (world.name,))
     if args.reward:
         check_reward(args.reward, world)
-    if args.lora and not Path(args.lora).is_file():
-        why = "is a folder: name the file in it" if Path(args.lora).exists() else "does not exist"
-        raise UserError(f"--lora {args.lora} {why}")
-    path = args.ckpt or args.model
-    if args.against == "base" and not args.lora and lineage(path)[0] == pretrained(path):
+    for file in args.lora:
+        if not Path(file).is_file():
+            why = "is a folder: name the file in it" if Path(file).exists() else "does not exist"
+            raise UserError(f"--lora {file} {why}")
+    paths = args.ckpt or [args.model]
+    plain = not args.lora and all(lineage(path)[0] == pretrained(path) for path in paths)
+    if args.against == "base" and plain:
         raise UserError("--against base switches adapters off and this model has none: name another model")
-    check_out(args.out, path)
+    check_out(args.out, *paths)
     return rows
 
 
 def main(args):
     """Sample and judge; returns what eval.json holds, where there is one."""
     start_ranks()
-    device, path = "cuda" if torch.cuda.is_available() else "cpu", args.ckpt or args.model
-    world = world_of(path, device)
+    device, paths = "cuda" if torch.cuda.is_available() else "cpu", args.ckpt or [args.model]
+    world = world_of(paths[0], device)
     rows = check(args, world)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model = load_model(path, dtype)
-    if args.lora:
-        load_lora(model, args.lora)
-    model.to(device)
+    model = to_device(load_all(paths, world, DTYPES[args.dtype], args.lora), device)
     guide = LatentReward.from_pretrained(args.nrg).to(device) if args.nrg else None
     for block in guide.dit.blocks if guide else ():
         block.checkpointing = world.name == "wan"                         # a gradient through it takes memory
     start = lora_disabled if args.against == "base" else nullcontext
-    start_model = load_model(args.against, dtype).to(device) if args.against not in ("", "base") else model
+    start_model = model
+    if args.against not in ("", "base"):
+        start_model = to_device(load_all([args.against], world, DTYPES[args.dtype]), device)
     reward = load_reward(args.reward, template=args.template) if args.reward else None
     if isinstance(reward, torch.nn.Module):
         reward.to(device)
@@ -576,7 +617,7 @@ def main(args):
     texts, result = embed_all(world, prompts, args.negative), None
     settings = dict(world=world, prompts=prompts, texts=texts, seed=args.seed, cfg_scale=args.cfg,
                     ts=timesteps(args.steps, args.shift), size=(args.frames, *args.size), batch=args.batch,
-                    negative=args.negative)
+                    negative=args.negative, cfg_low=args.cfg_low)
     drawn = generate(model, **settings, reward=guide, rg_scale=args.rg_scale, dim_w=args.dim_w,
                      max_ratio=args.max_ratio, ratios=ratios)
     if args.eval:
@@ -601,6 +642,15 @@ def main(args):
         by_step = [np.mean(ratios[k::args.steps - 1]) for k in range(args.steps - 1)]
         print("guidance / velocity, by step:", " ".join(f"{ratio:.2f}" for ratio in by_step))
     return result
+
+
+def to_device(model, device):
+    """The model on the device; of Experts that do not both fit on a GPU, the high-noise one alone."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if isinstance(model, Experts) and device == "cuda" and size > 0.8 * torch.cuda.mem_get_info()[0]:
+        model.high.to(device)
+        return model
+    return model.to(device)
 
 
 def write_videos(folder, drawn, names, prompts, world, texts, reward):

@@ -32,11 +32,11 @@ from data import (DTYPES, FRAMES, RANKS, RENDERERS, SIZE, Count, Run, Seed, Shap
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, unshard
 from reward import check_reward, load_reward
-from sample import evaluate, load_model, report, toy_videos
+from sample import evaluate, expert_of, load_model, report, toy_videos
 
 # What unset flags fall to. The second column is the paper's Table 10, one recipe for all three losses; the
 # first was tuned on validation prompts.
-RECIPES = recipes(("shapes", "wan"), {
+RECIPES = recipes(("shapes", "wan"), {                                          # Wan 2.2: carried over
     "lr":            (3e-4,         5e-6),
     "lora_rank":     (16,           64),
     "lora_alpha":    (32.0,         128.0),
@@ -62,6 +62,7 @@ ONLY = {"beta": ("dpo",), "beta_schedule": ("dpo",), "tau": ("rwr",)}         # 
 class Args:
     loss: Literal["dpo", "sft", "rwr", "pretrain"] = "dpo"  # the objective
     model: str = "assets/base"           # the model to align: a run folder, or a Wan folder or hub repository
+    expert: Literal["high", "low"] | None = None  # Wan 2.2 A14B: which of its two; high is of t from 0.875 up
     pairs: str = ""                         # CSV or JSONL of pairs; unset: Shapes world's renderers make them
     labels: Literal["reward", "human", "oracle"] | None = None  # unset: a file's labels, else the reward
     reward: str = "assets/reward"           # the reward that labels: a run folder, or a VideoReward for files
@@ -106,7 +107,10 @@ def check(args, world):
         recipe["lr"] = TOY_LR.get(args.loss, recipe["lr"])
     fill(args, recipe | (PRETRAIN if pretrains else {}))
     fill(args, {"out": f"runs/{args.loss}", "labels": "human" if args.pairs else "reward"})
-    world.latent_shape(args.frames, args.size)                                  # refuses what cannot be
+    if not pretrains:
+        fill(args, {"expert": expert_of(args.model)})
+    world.latent_shape(args.frames, args.size)                                  # these refuse what cannot be
+    world.t_range(args.expert)
     for name, losses in ONLY.items():
         if args.loss not in losses and getattr(args, name) != getattr(Args, name):
             raise UserError(f"--{name} says nothing to --loss {args.loss}: it is of {', '.join(losses)}")
@@ -133,7 +137,7 @@ def policy_and_reference(args, device):
     With LoRA the reference is the model with its new adapters off: those of earlier rounds stay on. Without,
     it is a frozen copy.
     """
-    start = load_model(args.model, DTYPES[args.dtype] if args.lora_rank else torch.float32)
+    start = load_model(args.model, DTYPES[args.dtype] if args.lora_rank else torch.float32, args.expert)
     start.compute_dtype = None if args.lora_rank or args.dtype == "fp32" else torch.bfloat16
     start = start if args.shard else start.to(device)                      # sharding moves it, block by block
     if args.lora_rank:
@@ -305,7 +309,8 @@ def align(args, world, device):
         for places in micro_batches(B, args.accumulate):
             ids = rows[places]
             x0, text = world.latents(pairs, ids).to(device), world.text(pairs, ids).to(device)
-            t, eps = draw_noise(x0.shape[2:], args.seed, step, [samples[i] for i in places])
+            mine = [samples[i] for i in places]
+            t, eps = draw_noise(x0.shape[2:], args.seed, step, mine, t_range=world.t_range(args.expert))
             t, eps = t.to(device), eps.to(device)
             if args.loss == "dpo":
                 with torch.no_grad(), reference() as frozen:
