@@ -597,8 +597,8 @@ def check_reward(path, world, kinds=None):
     """
     kind, kinds = reads(path), kinds or world.judges
     if kind not in kinds:
-        raise UserError(f"{path} reads {kind}, and one that reads {' or '.join(kinds)} is needed: name another "
-                        "run of train_reward.py")
+        raise UserError(f"{path} reads {kind}, and one that reads {' or '.join(kinds)} is needed: name "
+                        "another run of train_reward.py")
     if kind == "wan":
         own = read_config(json.loads(read_tensors(fetch(path, []) / "reward.safetensors", True)[1]["config"]))
         if own.in_dim != world.channels:

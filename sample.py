@@ -135,7 +135,8 @@ def load_all(paths, world, dtype, loras=()):
             raise UserError(f"{' and '.join(paths)} are of the same expert: give one of each")
         plain = lineage(paths[0])[-1]
         models = [load_model(runs.get(expert, plain), dtype, expert) for expert in ("high", "low")]
-        print(f"two experts: {runs.get('high', plain)} for t from {world.boundary} up, {runs.get('low', plain)} below")
+        high, low = runs.get("high", plain), runs.get("low", plain)
+        print(f"two experts: {high} for t from {world.boundary} up, {low} below")
     for model, file in zip(models, loras):
         load_lora(model, file)
     return models[0] if world.boundary is None else Experts(*models, world.boundary)
@@ -273,7 +274,6 @@ def report(folder, result, prompts, videos, start):
     write_result(folder, result)
 
 
-@on_rank_0
 def write_result(folder, result):
     """Write eval.json; print its win rates, and a warning where they look like reward hacking."""
     write_json(folder / "eval.json", result)
@@ -637,7 +637,7 @@ def main(args):
             if args.reward:
                 result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "n": len(prompts),
                           "pixels": pixels, "pixels_start": pixels_start}
-                write_result(run.folder, result)
+                on_rank_0(write_result)(run.folder, result)
     if ratios:
         by_step = [np.mean(ratios[k::args.steps - 1]) for k in range(args.steps - 1)]
         print("guidance / velocity, by step:", " ".join(f"{ratio:.2f}" for ratio in by_step))
