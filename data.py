@@ -1400,9 +1400,9 @@ def command(args):
     for name, value in vars(args).items():
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
+        elif isinstance(value, list) and value:
             words += [f"--{name}", *map(str, value)]
-        elif value not in (None, (), ""):
+        elif value not in (None, (), "", []):
             words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return shlex.join(words)
 

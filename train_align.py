@@ -283,9 +283,9 @@ def memory(device):
 def align(args, world, device):
     """Align a model with preferences; returns what eval.json holds."""
     pairs = world.read(args, labelled=args.labels == "human")                  # refuse first; then the folder
+    model, reference = policy_and_reference(args, device)
     run = Run(args, device, longer=True)                                       # the learning rate is constant
     report_pairs(pairs, () if args.pairs else prompts_of(args.split))
-    model, reference = policy_and_reference(args, device)
     B = 2 * args.batch if args.loss == "sft" else args.batch           # 2 x batch videos a step, in each loss
     rehearse(args, world, model, reference, args.steps or -(-len(pairs) // B), device)
     move(args, model, reference, "cpu")                                         # encoders need the memory

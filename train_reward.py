@@ -1,8 +1,8 @@
 """Train and evaluate a reward model on preference pairs.
 
-    python train_reward.py                    the toy's VideoReward: a reward of clean videos, with ties (BTT)
-    python train_reward.py --noisy            the reward of noisy latents that guides sampling (Flow-NRG)
-    python train_reward.py --loss regression  on Likert points instead of pairs (bt is the third choice)
+    python train_reward.py                      the toy's VideoReward: of clean videos, with ties (BTT)
+    python train_reward.py --noisy              the reward of noisy latents that guides sampling (Flow-NRG)
+    python train_reward.py --loss regression    on Likert points instead of pairs (bt is the third choice)
     python train_reward.py --model Qwen/Qwen2-VL-2B-Instruct --pairs prefs.csv      the paper's VideoReward
     python train_reward.py --noisy --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --pairs prefs.csv
     python train_reward.py --eval KwaiVGI/VideoReward --template prompt_template.py --pairs rewardbench.csv
@@ -22,8 +22,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Size, check_out, command, draw_noise, fill, launch,
-                  learning_rate_scale, noise_samples, normalised, prompts_of, read_pairs, recipes, report_pairs,
-                  rng, step_rows, toy_pairs, true_scores, with_overall, world_of, write_json)
+                  learning_rate_scale, noise_samples, normalised, prompts_of, read_pairs, recipes,
+                  report_pairs, rng, step_rows, toy_pairs, true_scores, with_overall, world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
 from reward import LatentReward, VideoReward, accuracies, check_videos, is_qwen, load_reward, reads
@@ -193,23 +193,23 @@ def new_reward(args, kind, device):
 def train(args, kind, device):
     """Train, normalise on validation prompts, evaluate on held-out ones; returns what eval.json holds."""
     world = None if kind == "files" else world_of(args.model, device)
-    pairs = world.read(args, noise=args.label_noise) if world else read_pairs(args.pairs)
-    if kind == "files":
-        check_videos(path for pair in pairs.videos for path in pair)
-    if kind == "wan":
-        world.latent_shape(args.frames, args.size)                              # refuses what cannot be
-    targets(args, pairs)
-    if kind == "shapes":
-        train_rows, val_rows = torch.arange(len(pairs)), None
-    else:
+    if kind != "shapes":                                                        # files are refused first
+        if world:
+            world.latent_shape(args.frames, args.size)
+        pairs = world.read(args) if world else read_pairs(args.pairs)
+        check_videos(path for pair in pairs.videos for path in pair if not world)
+        targets(args, pairs)
         train_rows, val_rows = split_prompts(args, pairs)
     reward = new_reward(args, kind, device)
     run = Run(args, device)
-    if world:
+    if kind == "shapes":
+        pairs = world.read(args, noise=args.label_noise)
+        train_rows, held_out = torch.arange(len(pairs)), prompts_of("eval")
+    elif kind == "wan":
         pairs = world.encode(pairs, args)
-    if kind == "wan":
         train_rows, val_rows = split_prompts(args, pairs)                       # without the bad ones
-    held_out = prompts_of("eval") if kind == "shapes" else [pairs.prompts[i] for i in val_rows]
+    if kind != "shapes":
+        held_out = [pairs.prompts[i] for i in val_rows]
     report_pairs(pairs.subset(train_rows), held_out)
     target, history = targets(args, pairs), []
     optimizer = torch.optim.Adam([p for p in reward.parameters() if p.requires_grad], lr=args.lr, fused=True)
