@@ -406,34 +406,20 @@ def save_lora(model, path, metadata=None):
 
 
 def load_lora(model, path):
-    """Add the adapters of a file, in save_lora's format or under diffusers' names, to those that the model
-    has; returns the model, whose adapters lora_disabled switches off together.
-
-    alpha stands in the header (diffusers) or in `<layer>.alpha` (others). UserError names a tensor that has
-    no place in the model: an adapter that loads in part is worse than one that doesn't.
+    """Add the adapters of a file, see read_lora, to those that the model has; returns the model, whose
+    adapters lora_disabled switches off together.
     """
-    tensors, metadata = read_tensors(path)
-    alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("transformer.lora_alpha")
     own = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear))}
-    layers = sorted({key.rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in tensors})
-    for layer in layers:
-        name = to_official(layer.removeprefix("diffusion_model.").removeprefix("transformer."))
-        A, B = (tensors.get(f"{layer}.lora_{x}.weight") for x in "AB")
-        shape = None if A is None or B is None else (len(B), A.shape[1])
-        if name not in own or own[name].weight.shape != shape:
-            raise UserError(f"{path}: {layer} is not a pair lora_A, lora_B for a linear layer of this model")
-        A, B = A.float(), B.float() * float(tensors.get(f"{layer}.alpha", alpha or len(A))) / len(A)
+    for name, (A, B) in read_lora(path, {name: tuple(m.weight.shape) for name, m in own.items()}).items():
         if isinstance(own[name], LoRALinear):
             earlier_A, earlier_B = own[name].joined()
-            A, B = torch.cat([earlier_A, A]), torch.cat([earlier_B, B], dim=1)
+            A, B = torch.cat([earlier_A, A.to(earlier_A)]), torch.cat([earlier_B, B.to(earlier_B)], dim=1)
         adapter = LoRALinear(own[name], len(A), len(A))
         adapter.earlier_A = adapter.earlier_B = None
         with torch.no_grad():
             adapter.lora_A.copy_(A)
             adapter.lora_B.copy_(B)
         model.set_submodule(name, adapter)
-    if not layers:
-        raise UserError(f"{path} holds no adapters")
     return model.requires_grad_(False)
 
 
@@ -481,6 +467,58 @@ def to_diffusers(key):
 def to_official(key):
     """The official Wan name of diffusers' parameter; an official name stays as it is."""
     return rename(key, {v: k for k, v in OUTER_NAMES.items()}, {v: k for k, v in BLOCK_NAMES.items()})
+
+
+LORA_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "pipe.dit.", "lora_unet__",
+                 "lora_unet_")
+LORA_FAULTS = {"dora|magnitude": "of DoRA, which is not supported", "img|image|add_[kv]": "an image model's",
+               "bias$|diff_b$": "a bias, which is not supported", "": "of no layer of this model"}
+LORA_KEY = re.compile(r"(.+?)\.(?:lora_(A|B|down|up)(?:\.default)?(?:\.weight)?|(alpha))")
+
+
+def read_lora(path, shapes):
+    """{official layer name: (A, B)} fp32 of a LoRA file, its strength folded into B; shapes: {name: (out,
+    in)} of the model's layers. Read are the spellings of diffusers, peft, ComfyUI, DiffSynth, kohya and
+    musubi.
+
+    The strength is alpha / rank, or alpha / sqrt(rank) with rsLoRA: alpha stands in `<layer>.alpha` or in the
+    header, of a layer or of all. UserError names a tensor that has no place: an adapter that loads in part is
+    worse than one that doesn't.
+    """
+    tensors, metadata = read_tensors(path)
+    try:
+        header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        header = {key.removeprefix("transformer."): value for key, value in header.items()}
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} has a header that is no JSON object under lora_adapter_metadata") from None
+    flat, layers = {name.replace(".", "_"): name for name in shapes}, {}
+    for key, x in tensors.items():
+        for prefix in LORA_PREFIXES:
+            key = key.removeprefix(prefix)
+        match = LORA_KEY.fullmatch(key)
+        name = to_official(match[1]) if match else key
+        name = flat.get(name, name)
+        if match is None or name not in shapes:
+            why = next(what for pattern, what in LORA_FAULTS.items() if re.search(pattern, key))
+            raise UserError(f"{path}: {key} is {why}")
+        layers.setdefault(name, {})[{"down": "A", "up": "B"}.get(match[2], match[2] or match[3])] = x.float()
+    found = {}
+    for name, layer in layers.items():
+        if not {"A", "B"} <= layer.keys():
+            raise UserError(f"{path}: {name} is not a pair of lora_A and lora_B")
+        A, B, rank = layer["A"], layer["B"], len(layer["A"])
+        if (len(B), A.shape[1]) != shapes[name]:
+            raise UserError(f"{path}: {name} is of a layer of {len(B)} x {A.shape[1]}, and this model's is "
+                            f"{shapes[name][0]} x {shapes[name][1]}: it is another model's")
+        alpha = header.get("lora_alpha", rank)
+        for pattern, value in (header.get("alpha_pattern") or {}).items():
+            theirs = to_diffusers(f"{name}.weight").removesuffix(".weight")
+            alpha = value if re.fullmatch(rf"(.*\.)?({pattern})", theirs) else alpha
+        alpha = float(layer.get("alpha", alpha))
+        found[name] = A, B * (alpha / (math.sqrt(rank) if header.get("use_rslora") else rank))
+    if not found:
+        raise UserError(f"{path} holds no adapters")
+    return found
 
 
 # ---- files ----
