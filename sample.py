@@ -566,7 +566,7 @@ def check(args, world):
                         "--compare RUN")
     if args.ckpt:                                                               # as it was trained
         own = read_json(lineage(args.ckpt[0])[0] / "config.json")["args"]
-        fill(args, {name: own.get(name) for name in ("frames", "size")})
+        fill(args, {"frames": own.get("frames"), "size": tuple(own.get("size") or ()) or None})
     fill(args, {flag: values[world.recipe] for flag, values in RECIPES.items()})
     fill(args, {"dtype": "bf16" if world.name == "wan" and torch.cuda.is_available() else "fp32"})
     world.latent_shape(args.frames, args.size)                                  # refuses what cannot be
