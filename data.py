@@ -1169,8 +1169,8 @@ def start_ranks():
 
 
 def progress(items, desc, **settings):
-    """tqdm over items, on rank 0 alone."""
-    return tqdm(items, desc=desc, **{"leave": False, "disable": RANK > 0, **settings})
+    """tqdm over items, on rank 0 alone and where somebody looks: not in a file."""
+    return tqdm(items, desc=desc, **{"leave": False, "disable": True if RANK else None, **settings})
 
 
 def all_gather(x):
@@ -1529,7 +1529,8 @@ class Run:
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         signal.signal(signal.SIGINT, ask)
         try:
-            self.bar = progress(range(first, total), self.folder.name, initial=first, total=total, leave=True)
+            self.bar = progress(range(first, total), self.folder.name, initial=first, total=total, leave=True,
+                                disable=RANK > 0)
             for self.step in self.bar:
                 yield self.step
                 done, stop = self.step + 1, any(all_gather(asked.is_set()))     # it reaches each rank in time

@@ -1,14 +1,14 @@
-"""Executable specification: what the method, the model and the toy world are, stated as facts. CPU, no network.
+"""Executable specification: the method, the model, Shapes world and the scripts, stated as facts.
 
-    pytest test_all.py
+    pytest test_all.py                                                  on a CPU, without network
     python test_all.py --bench                                          how fast it is, beside diffusers
     python test_all.py --bench --preset wan-1.3b --frames 81 --size 480,832 --dtype bf16 --checkpointing
 """
 import contextlib
 import csv
+import gc
 import importlib.util
 import inspect
-import io
 import json
 import math
 import os
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from torch import tensor
 
 import data
 import losses
@@ -37,682 +39,747 @@ import reward
 import sample
 import train_align
 import train_reward
-from data import DEFECTS, DIMS, GROUND, PROMPTS, attributes, oracle, render, rng, to_uint8
-from losses import beta_schedule, bt, btt, flow_dpo, flow_rwr, flow_sft, masked_mean, mix, regression, velocity_error
-from data import normalised, with_overall
-from model import PRESETS, UserError, VideoDiT, add_lora, load_lora, lora_disabled, rotary, rotate, save_lora
+from data import DEFECTS, DIMS, GROUND, PROMPTS, attributes, clean_videos, normalised, oracle, render, rng
+from losses import beta_schedule, bt, btt, flow_dpo, flow_rwr, flow_sft, masked_mean, mix, regression
+from losses import velocity_error
+from model import PRESETS, UserError, VideoDiT, add_lora, load_lora, lora_disabled, read_tensors, save_lora
 from sample import cfg, euler, nrg, timesteps
 
-HERE = Path(__file__).parent
+HERE, NAN = Path(__file__).parent, float("nan")
 TINY = replace(PRESETS["toy"], dim=48, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16)
 
+# How others spell the adapters of a layer: its prefix, A, B, and alpha where B does not hold the strength.
+LORA_LAYOUTS = {"ComfyUI": ("diffusion_model.", "lora_down.weight", "lora_up.weight", "alpha"),
+                "kohya": ("lora_unet_", "lora_down.weight", "lora_up.weight", "alpha"),
+                "DiffSynth": ("", "lora_A.default.weight", "lora_B.default.weight", None),
+                "peft": ("base_model.model.", "lora_A.weight", "lora_B.weight", None)}
 
-def random_model(config=TINY, seed=0):
-    """A model whose head is not zero, so that its output says something."""
-    torch.manual_seed(seed)
-    m = VideoDiT(config)
-    torch.nn.init.normal_(m.head.head.weight, std=0.1)
-    return m.eval()
+# ---- the method in nine facts ----
+# What the paper's method is, exact where the theory is. A change that breaks one changes what is taught.
 
-
-def random_batch(n=2, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return (torch.randn(n, 3, 4, 8, 8, generator=g), torch.rand(n, generator=g), torch.randn(n, 8, 32, generator=g))
-
-
-# ---- losses ----
-
-def test_convention_t0_is_data_t1_is_noise_and_v_is_the_derivative():
-    x0, eps = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64), torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
-    t = torch.tensor([0.3, 0.8], dtype=torch.float64)
+def test_1_t_0_is_data_t_1_is_noise_and_v_is_the_derivative_of_xt():
+    x0, eps = torch.randn(2, 2, 3, 2, 4, 4, dtype=torch.float64)
+    t, h = tensor([0.3, 0.8], dtype=torch.float64), 1e-6
     assert torch.equal(mix(x0, eps, torch.zeros(2)), x0) and torch.equal(mix(x0, eps, torch.ones(2)), eps)
-    h = 1e-6
     assert torch.allclose((mix(x0, eps, t + h) - mix(x0, eps, t - h)) / (2 * h), eps - x0, atol=1e-8)
 
+def test_2_the_eps_error_is_one_minus_t_squared_times_the_velocity_error():
+    (x0, eps, v), t = torch.randn(3, 4, 3, 2, 4, 4), torch.rand(4)
+    err = velocity_error(v, eps - x0)
+    eps_pred = mix(x0, eps, t) + (1 - t).view(-1, 1, 1, 1, 1) * v
+    assert torch.allclose(velocity_error(eps_pred, eps), (1 - t) ** 2 * err, rtol=1e-4)
+    assert velocity_error(v.bfloat16(), eps.bfloat16()).dtype == torch.float32  # DPO subtracts near errors
 
-def test_eps_error_is_one_minus_t_squared_times_the_velocity_error():
-    x0, eps, v_pred = (torch.randn(4, 3, 2, 4, 4) for _ in range(3))
-    t = torch.rand(4)
-    eps_pred = mix(x0, eps, t) + (1 - t).view(-1, 1, 1, 1, 1) * v_pred
-    assert torch.allclose(velocity_error(eps_pred, eps), (1 - t) ** 2 * velocity_error(v_pred, eps - x0), rtol=1e-4)
-
-
-def test_dpo_is_log_2_at_the_reference_and_its_gradient_fits_the_winner_and_unfits_the_loser():
-    v_w, v_l, v_theta_w, v_theta_l = (torch.randn(3, 2, 2, 4, 4) for _ in range(4))
-    ref_w, ref_l = velocity_error(v_theta_w, v_w), velocity_error(v_theta_l, v_l)
-    for v in (v_theta_w, v_theta_l):
-        v.requires_grad_()
-    loss = flow_dpo(velocity_error(v_theta_w, v_w), velocity_error(v_theta_l, v_l), ref_w, ref_l, beta=500.0)
-    assert torch.allclose(loss, torch.full((3,), np.log(2.0), dtype=torch.float32), atol=1e-6)
+def test_3_dpo_is_log_2_at_the_reference_and_fits_the_winner_and_unfits_the_loser():
+    (target_w, target_l), v = torch.randn(2, 3, 2, 2, 4, 4), torch.randn(2, 3, 2, 2, 4, 4)
+    v_w, v_l = (x.clone().requires_grad_() for x in v)
+    err_w, err_l = velocity_error(v_w, target_w), velocity_error(v_l, target_l)
+    loss = flow_dpo(err_w, err_l, err_w.detach(), err_l.detach(), beta=500.0)
+    assert torch.allclose(loss, torch.full((3,), math.log(2)), atol=1e-6)
     loss.sum().backward()
-    toward_w, toward_l = (-(v.grad * (target - v)).sum() for v, target in ((v_theta_w, v_w), (v_theta_l, v_l)))
-    assert toward_w > 0 > toward_l
+    assert (v_w.grad * (target_w - v_w)).sum() < 0 < (v_l.grad * (target_l - v_l)).sum()
     # the closed form of the gradient: d loss / d err_w = beta / 2 * sigmoid(beta / 2 * difference)
-    err = torch.tensor([0.31], requires_grad=True)
-    flow_dpo(err, torch.tensor([0.30]), torch.tensor([0.30]), torch.tensor([0.30]), 100.0).backward()
-    assert torch.allclose(err.grad, 50 * torch.sigmoid(torch.tensor([0.5])), rtol=1e-4)
+    err, ref = tensor([0.31], requires_grad=True), tensor([0.30])
+    flow_dpo(err, ref, ref, ref, 100.0).backward()
+    assert torch.allclose(err.grad, 50 * torch.sigmoid(tensor([0.5])), rtol=1e-4)
 
-
-def test_beta_schedules():
-    t = torch.tensor([0.0, 0.25, 1.0])
-    assert beta_schedule(8.0, t, "constant").tolist() == [8, 8, 8]
-    assert beta_schedule(8.0, t, "(1-t)^2").tolist() == [8, 4.5, 0]
-    assert beta_schedule(8.0, t, "t^2").tolist() == [0, 0.5, 8]
-    assert torch.allclose(beta_schedule(8.0, t, "(1-t)/t"), torch.tensor([8 / 0.05, 24, 0]))
+def test_4_beta_over_time_is_constant_or_what_a_derivation_gives():
+    t = tensor([0.0, 0.25, 1.0])
+    for kind, betas in {"constant": [8, 8, 8], "(1-t)^2": [8, 4.5, 0], "t^2": [0, 0.5, 8]}.items():
+        assert beta_schedule(8.0, t, kind).tolist() == betas
+    assert torch.allclose(beta_schedule(8.0, t, "(1-t)/t"), tensor([8 / 0.05, 24, 0]))  # finite at data
     with pytest.raises(ValueError, match="constant"):
         beta_schedule(8.0, t, "cosine")
 
-
-def test_rwr_with_equal_rewards_is_sft_and_weights_have_mean_1_before_the_clip():
-    err = torch.rand(5, requires_grad=True)
+def test_5_rwr_with_equal_rewards_is_sft_and_its_weights_have_mean_1_before_the_clip():
+    err, r = torch.rand(5, requires_grad=True), tensor([-1.0, 0.0, 0.5, 1.0, 2.0], requires_grad=True)
     assert torch.allclose(flow_rwr(err, torch.full((5,), 3.0)), flow_sft(err))
-    r = torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0], requires_grad=True)
     loss = flow_rwr(err, r)
     assert torch.allclose(loss / err, torch.exp(r) / torch.exp(r).mean())
     loss.sum().backward()
     assert r.grad is None
-    assert flow_rwr(torch.ones(100), torch.cat([torch.zeros(99), torch.tensor([1000.0])])).tolist() == [0.0] * 99 + [10.0]
+    one_great = torch.cat([torch.zeros(99), tensor([1000.0])])
+    assert flow_rwr(torch.ones(100), one_great).tolist() == [0.0] * 99 + [10.0]
 
-
-def test_btt_probabilities_sum_to_one_and_tie_1_gives_bt():
+def test_6_btt_is_rao_and_kuppers_model_its_probabilities_sum_to_one_and_tie_1_gives_bt():
     d, one = torch.randn(50, dtype=torch.float64) * 4, torch.ones(50)
-    total = sum(torch.exp(-btt(d, label * one, tie=5.0)) for label in (1, 0, -1))
-    assert torch.allclose(total, torch.ones(50, dtype=torch.float64))
-    for label in (1, -1):
-        assert torch.allclose(btt(d, label * one, tie=1.0), bt(d, label * one))
-    p_a, p_b = torch.exp(d) / (torch.exp(d) + 5), 1 / (5 * torch.exp(d) + 1)    # Rao and Kupper's own form, r_B = 0
-    assert torch.allclose(torch.exp(-btt(d, one)), p_a) and torch.allclose(torch.exp(-btt(d, -one)), p_b)
+    p_a, p_tie, p_b = (torch.exp(-btt(d, label * one, tie=5.0)) for label in (1, 0, -1))
+    assert torch.allclose(p_a + p_tie + p_b, one.double())
+    odds = torch.exp(d)
+    assert torch.allclose(p_a, odds / (odds + 5)) and torch.allclose(p_b, 1 / (5 * odds + 1))
     assert abs(torch.exp(-btt(torch.zeros(1), torch.zeros(1))).item() - 24 / 36) < 1e-6
+    assert all(torch.allclose(btt(d, label * one, tie=1.0), bt(d, label * one)) for label in (1, -1))
 
-
-def test_unlabelled_entries_leave_loss_and_gradient_untouched():
-    nan = float("nan")
-    label, score = torch.tensor([1.0, nan, -1.0, 0.0, nan]), torch.tensor([1.0, nan, 2.0, 0.5, nan])
-    for loss, target, counted in ((bt, label, [0, 2]), (btt, label, [0, 2, 3]), (regression, score, [0, 2, 3])):
-        d = torch.tensor([0.3, nan, -0.2, 5.0, 1e30], requires_grad=True)
-        out = loss(d, target)
+def test_7_what_is_not_labelled_leaves_loss_and_gradient_untouched():
+    label, score = tensor([1.0, NAN, -1.0, 0.0, NAN]), tensor([1.0, NAN, 2.0, 0.5, NAN])
+    for loss, y, counted in ((bt, label, [0, 2]), (btt, label, [0, 2, 3]), (regression, score, [0, 2, 3])):
+        d = tensor([0.3, NAN, -0.2, 5.0, 1e30], requires_grad=True)
+        out = loss(d, y)
         assert all(out[i] == 0 for i in range(5) if i not in counted)
         out.sum().backward()
         assert all((d.grad[i] != 0) == (i in counted) for i in range(5)) and d.grad.isfinite().all()
-    assert masked_mean(torch.tensor([1.0, 7.0, 3.0]), torch.tensor([1.0, nan, 0.0])) == 2.0
-    assert masked_mean(torch.tensor([nan]), torch.tensor([nan])) == 0.0
-    assert btt(torch.zeros(1, dtype=torch.float64), torch.ones(1)).dtype == torch.float64
-    assert velocity_error(torch.zeros(1, 2).bfloat16(), torch.ones(1, 2).bfloat16()).dtype == torch.float32
+        assert loss(d.double(), y).dtype == torch.float64
+    assert masked_mean(tensor([1.0, 7.0, 3.0]), tensor([1.0, NAN, 0.0])) == 2.0
+    assert masked_mean(tensor([NAN]), tensor([NAN])) == 0.0
 
+def test_8_euler_hits_a_gaussian_and_nrg_its_tilted_mean_but_not_with_the_wrong_sign():
+    mu, s = 0.7, 0.5                                        # the data are N(mu, s^2): all is known exactly
 
-def test_each_loss_works_after_copy_and_paste():
-    source = "import torch\nimport torch.nn.functional as F\n"
-    ones = torch.ones(2)
-    calls = {"flow_sft": (ones,), "flow_rwr": (ones, ones), "flow_dpo": (ones, ones, ones, ones, 500.0), "bt": (ones, ones), "btt": (ones, ones),
-             "beta_schedule": (500.0, ones, "t^2"), "regression": (ones, ones), "masked_mean": (ones, ones), "mix": (ones, ones, ones),
-             "velocity_error": (ones[:, None], ones[:, None])}
-    for name, arguments in calls.items():
-        scope = {}
-        exec(source + inspect.getsource(getattr(losses, name)), scope)
-        assert torch.equal(scope[name](*arguments), getattr(losses, name)(*arguments))
+    def mean_x0(x, t):
+        return mu + (1 - t) * s**2 / ((1 - t) ** 2 * s**2 + t**2) * (x - (1 - t) * mu)
 
+    def velocity(x, t):
+        return (x - (1 - t) * mean_x0(x, t)) / t - mean_x0(x, t)
+
+    def noisy_reward(x, t):                                 # E[r | xt] of r(x0) = 2 x0, up to a constant
+        return 2 * mean_x0(x, t).float()
+    eps, ts = torch.randn(20000, 1, generator=rng(0), dtype=torch.float64), timesteps(200).double()
+    x, ratios = euler(velocity, eps, ts), []
+    assert abs(x.mean() - 0.700) < 0.01 and abs(x.std() - 0.496) < 0.01
+    # the target of guidance by w = 2 is N(mu + 2 w s^2, s^2) = N(1.7, s^2)
+    x = euler(nrg(velocity, noisy_reward, rg_scale=2.0, dim_w=(1.0,), ratios=ratios), eps, ts)
+    assert abs(x.mean() - 1.7) < 0.02 and abs(x.std() - 0.496) < 0.01
+    assert len(ratios) == 199                                                   # t = 1 is skipped
+    assert euler(nrg(velocity, noisy_reward, rg_scale=-2.0, dim_w=(1.0,)), eps, ts).mean() < -0.2
+    v, guided = velocity(eps, ts[9]), nrg(velocity, noisy_reward, 1000.0, (1.0,), max_ratio=0.1)(eps, ts[9])
+    assert torch.allclose((guided - v).abs(), 0.1 * v.abs(), rtol=1e-3)         # no more than its share
+
+def test_9_the_model_with_its_adapters_off_is_bitwise_the_reference():
+    m, batch = random_model(), random_batch()
+    with torch.no_grad():
+        base = m(*batch)
+        assert torch.equal(add_lora(m, rank=4, alpha=8.0)(*batch), base)        # B starts at zero
+        assert all(p.requires_grad == ("lora" in name) for name, p in m.named_parameters())
+        tuned = shake_lora(m)(*batch)
+        with lora_disabled(m):
+            assert torch.equal(m(*batch), base)
+        assert torch.equal(m(*batch), tuned) and (tuned - base).abs().max() > 1e-3
 
 # ---- the model ----
+# VideoDiT is Wan 2.1's transformer, number for number and name for name; the toy is a small one of it.
 
-def test_presets_have_the_published_sizes():
-    sizes = {}
-    for name, config in PRESETS.items():
+def test_each_loss_works_after_copy_and_paste():
+    one, column = torch.ones(2), torch.ones(2, 1)
+    calls = dict(flow_sft=(one,), flow_rwr=(one, one), flow_dpo=(one, one, one, one, 500.0), bt=(one, one),
+                 btt=(one, one), beta_schedule=(500.0, one, "t^2"), regression=(one, one),
+                 mix=(one, one, one), masked_mean=(one, one), velocity_error=(column, column))
+    for name, arguments in calls.items():
+        scope, own = {"torch": torch, "F": torch.nn.functional}, getattr(losses, name)
+        exec(inspect.getsource(own), scope)
+        assert torch.equal(scope[name](*arguments), own(*arguments))
+
+def test_imports_stay_light_so_that_a_loss_or_the_model_can_be_copied_out():
+    heavy = {"transformers", "diffusers", "av", "PIL", "huggingface_hub"}
+    code = f"import sys, model, losses, data, reward; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
+
+def test_presets_have_the_published_sizes_and_official_names():
+    for name, billions in (("wan-14b", 14.288), ("wan-1.3b", 1.419)):
         with torch.device("meta"):
-            sizes[name] = sum(p.numel() for p in VideoDiT(config).parameters())
-    assert round(sizes["wan-1.3b"] / 1e9, 3) == 1.419 and round(sizes["wan-14b"] / 1e9, 3) == 14.288
-
-
-def test_parameter_names_are_official_wan():
-    with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in VideoDiT(PRESETS["wan-1.3b"]).state_dict().items()}
-    official = {"patch_embedding.weight": (1536, 16, 1, 2, 2), "text_embedding.0.weight": (1536, 4096), "time_embedding.2.bias": (1536,),
-                "time_projection.1.weight": (9216, 1536), "blocks.29.self_attn.norm_q.weight": (1536,), "blocks.0.cross_attn.k.weight": (1536, 1536),
-                "blocks.0.norm3.weight": (1536,), "blocks.0.ffn.0.weight": (8960, 1536), "blocks.0.modulation": (1, 6, 1536),
-                "head.modulation": (1, 2, 1536), "head.head.weight": (64, 1536)}
-    assert {k: shapes.get(k) for k in official} == official
-    assert len(shapes) == 30 * 27 + 15
-
+            shapes = {k: tuple(p.shape) for k, p in VideoDiT(PRESETS[name]).state_dict().items()}
+        assert round(sum(map(math.prod, shapes.values())) / 1e9, 3) == billions
+    D = 1536
+    official = {"patch_embedding.weight": (D, 16, 1, 2, 2), "text_embedding.0.weight": (D, 4096),
+                "time_embedding.2.bias": (D,), "time_projection.1.weight": (6 * D, D),
+                "blocks.29.self_attn.norm_q.weight": (D,), "blocks.0.cross_attn.k.weight": (D, D),
+                "blocks.0.norm3.weight": (D,), "blocks.0.ffn.0.weight": (8960, D),
+                "blocks.0.modulation": (1, 6, D), "head.modulation": (1, 2, D), "head.head.weight": (64, D)}
+    assert official.items() <= shapes.items() and len(shapes) == 30 * 27 + 15
 
 def test_a_batch_of_two_is_two_batches_of_one_and_no_input_is_ignored():
     m, (x, t, text) = random_model(), random_batch()
     with torch.no_grad():
         both = m(x, t, text)
-        assert both.shape == x.shape
+        assert both.shape == x.shape and m(x, t, text, depth=1).shape == (2, 2 * 2 * 2, TINY.dim)
         for i in (0, 1):
             assert torch.allclose(both[i:i + 1], m(x[i:i + 1], t[i:i + 1], text[i:i + 1]), atol=1e-5)
         for changed in ((x.flip(2), t, text), (x, t * 0.5, text), (x, t, text.flip(0))):
             assert (m(*changed) - both).abs().max() > 1e-3
-        assert m(x, t, text, depth=1).shape == (2, 2 * 2 * 2, TINY.dim)
-
 
 def test_patches_come_back_where_they_were():
-    m, (x, t, text) = random_model(replace(TINY, num_layers=0)), random_batch(1)
+    m, (x, t, text) = random_model(replace(TINY, num_layers=0)), random_batch()
     with torch.no_grad():
-        a = m(x, t, text)
-        x[:, :, 2:, :4, 4:] += 1.0                                              # one patch: frames 2-3, rows 0-3, columns 4-7
-        changed = (m(x, t, text) - a).abs() > 1e-6
-    assert changed[:, :, 2:, :4, 4:].any() and changed.sum() == changed[:, :, 2:, :4, 4:].sum()
-
+        before = m(x, t, text)
+        x[:, :, 2:, :4, 4:] += 1.0                                              # one patch
+        changed = (m(x, t, text) - before).abs() > 1e-6
+    assert changed.any() and changed.sum() == changed[:, :, 2:, :4, 4:].sum()
 
 def test_rotary_positions_are_relative():
-    cos, sin = rotary((6, 6, 6), 24, torch.device("cpu"))
-    q, k = torch.randn(2, 24, dtype=torch.float64)
-    at = lambda y, f, h, w: rotate(y[None, None, None].float(), *(x[[f * 36 + h * 6 + w]] for x in (cos, sin))).flatten()
+    cos, sin = (x.view(6, 6, 6, 1, -1) for x in model_file.rotary((6, 6, 6), 24, torch.device("cpu")))
+    q, k = torch.randn(2, 1, 1, 1, 24)
+
+    def at(x, axis, n):
+        """x turned as it is at the place that is 1 on all axes, but 1 + n on this one."""
+        place = tuple(1 + n * (a == axis) for a in range(3))
+        return model_file.rotate(x, cos[place], sin[place]).flatten()
     for axis in range(3):
-        place = lambda n: [1 + n * (axis == i) for i in range(3)]
-        near, moved, further = (at(q, *place(i)) @ at(k, *place(j)) for i, j in ((0, 2), (1, 3), (0, 3)))
+        near, moved, further = (at(q, axis, i) @ at(k, axis, j) for i, j in ((0, 2), (1, 3), (0, 3)))
         assert torch.allclose(near, moved, atol=1e-5) and not torch.allclose(near, further, atol=1e-3)
 
-
-def test_lora_off_is_bitwise_the_base_and_its_file_is_the_same_model(tmp_path):
+def test_a_model_of_fp32_weights_computes_as_the_autocast_around_it_says():
     m, batch = random_model(), random_batch()
-    with torch.no_grad():
-        base = m(*batch)
-        add_lora(m, rank=4, alpha=8.0)
-        assert torch.equal(m(*batch), base)                                     # B starts at zero
-        for name, p in m.named_parameters():
-            assert p.requires_grad == ("lora" in name)
-            if "lora" in name:
-                p.normal_(std=0.1)
-        tuned = m(*batch)
-        assert (tuned - base).abs().max() > 1e-3
-        with lora_disabled(m):
-            assert torch.equal(m(*batch), base)
-        assert torch.equal(m(*batch), tuned)
-        save_lora(m, tmp_path / "lora.safetensors")
-        again = load_lora(random_model(), tmp_path / "lora.safetensors")
-        assert torch.allclose(again(*batch), tuned, atol=1e-5)
-    keys = set(model_file.read_tensors(tmp_path / "lora.safetensors")[0])
-    assert keys == {f"diffusion_model.blocks.{i}.{a}_attn.{n}.lora_{ab}.weight"
-                    for i in (0, 1) for a in ("self", "cross") for n in "qkvo" for ab in "AB"}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m(*batch, depth=1).dtype == torch.bfloat16
+    assert m(*batch, depth=1).dtype == torch.float32 and m(*batch).dtype == torch.float32
 
+def test_a_lora_file_has_the_names_that_others_read_and_is_the_same_model(tmp_path):
+    m, batch = shake_lora(add_lora(random_model(), rank=4, alpha=8.0)), random_batch()
+    save_lora(m, tmp_path / "a.safetensors")
+    tensors = weights(tmp_path / "a.safetensors")
+    assert tensors.keys() == LORA_NAMES
+    again = load_lora(random_model(), tmp_path / "a.safetensors")
+    assert torch.allclose(again(*batch), m(*batch), atol=1e-5)
+    names = {k: "transformer." + model_file.to_diffusers(k.removeprefix("diffusion_model.")) for k in tensors}
+    assert "transformer.blocks.0.attn1.to_out.0.lora_A.weight" in names.values()
+    model_file.save_tensors({names[k]: v for k, v in tensors.items()}, tmp_path / "b.safetensors")
+    assert_near(load_lora(random_model(), tmp_path / "b.safetensors").state_dict(), again.state_dict(), 0)
 
-def test_diffusers_wan_gives_the_same_output_and_reads_what_we_write(tmp_path, monkeypatch):
-    from diffusers import WanTransformer3DModel
-    monkeypatch.setattr(WanTransformer3DModel, "_keep_in_fp32_modules", None)   # else its loader asks for accelerate
-    torch.manual_seed(0)
-    theirs = WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=24,
-                                   freq_dim=32, ffn_dim=48, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads").eval()
-    for p in theirs.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    theirs.save_pretrained(tmp_path / "diffusers" / "transformer")
-    ours = VideoDiT.from_pretrained(tmp_path / "diffusers").eval()
-    ours.save_pretrained(tmp_path / "ours")
-    back = WanTransformer3DModel.from_pretrained(tmp_path / "ours").eval()
-    official = tmp_path / "official"                                            # Wan's own names and config keys
-    official.mkdir()
+def test_diffusers_wan_gives_the_same_output_and_reads_what_we_write(wan, tmp_path):
+    expected, ours = diffusers_dit(wan), VideoDiT.from_pretrained(wan).eval()
+    ours.save_pretrained(tmp_path / "ours" / "transformer")
+    back, official = diffusers_dit(tmp_path / "ours"), tmp_path / "official"
+    official.mkdir()                                                            # Wan's own names and keys
     model_file.save_tensors(ours.state_dict(), official / "diffusion_pytorch_model.safetensors")
-    (official / "config.json").write_text(json.dumps(dict(_class_name="WanModel", model_type="t2v", dim=32, ffn_dim=48, freq_dim=32, in_dim=4,
-                                                          out_dim=4, num_heads=2, num_layers=2, text_len=512, eps=1e-6, text_dim=24)))
+    own = dict(_class_name="WanModel", model_type="t2v", out_dim=16, text_len=512)
+    data.write_json(official / "config.json", vars(ours.config) | own)
     official = VideoDiT.from_pretrained(official).eval()
     for grid, words in (((1, 4, 4), 512), ((3, 6, 10), 7), ((5, 2, 14), 512)):
-        x, t, text = torch.randn(2, 4, *grid), torch.rand(2), torch.randn(2, words, 24)
-        text[:, 5:] = 0                                                         # Wan's padding, visible to attention
+        x, t, text = torch.randn(2, 16, *grid), torch.rand(2), torch.randn(2, words, 24)
+        text[:, 5:] = 0  # padding, which attention sees
         with torch.no_grad():
-            reference = theirs(x, 1000 * t, text, return_dict=False)[0]
-            for output in (ours(x, t, text), official(x, t, text), back(x, 1000 * t, text, return_dict=False)[0]):
-                assert (output - reference).norm() < 1e-5 * reference.norm()
-    (tmp_path / "ours" / "config.json").write_text(json.dumps({**ours.config.to_diffusers(), "image_dim": 1280}))
-    with pytest.raises(ValueError, match="text-to-video"):
-        VideoDiT.from_pretrained(tmp_path / "ours")
+            v = expected(x, 1000 * t, text).sample
+            for own in (ours(x, t, text), official(x, t, text), back(x, 1000 * t, text).sample):
+                assert (own - v).norm() < 1e-5 * v.norm()
 
+def test_adapters_are_a_function_of_the_seed_and_leave_the_global_generator_alone():
+    a, b, c = (add_lora(random_model(), 2, 4.0, seed=seed).blocks[0].self_attn.q.lora_A for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    m, state = random_model(), torch.get_rng_state()
+    add_lora(m, 2, 4.0)
+    assert torch.equal(torch.get_rng_state(), state)
 
-def test_light_imports_stay_light():
-    code = "import sys, model, losses, data; print(sorted({'transformers', 'diffusers', 'av', 'PIL'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout.strip() == "[]"
+def test_decoupled_gives_the_same_gradient_in_half_of_the_memory():
+    m = shake_lora(add_lora(random_model(replace(TINY, num_layers=3)), 2, 4.0))
+    x0, eps, t = torch.randn(1, 2, 3, 8, 24, 24), torch.randn(1, 3, 8, 24, 24), torch.tensor([0.4])
+    text, ref = torch.randn(1, 8, 32), torch.tensor([1.0])
 
+    def backward(decoupled):
+        m.zero_grad()
+        for err_w, err_l in train_align.error_pairs(m, x0, text, t, eps, decoupled):
+            flow_dpo(err_w, err_l, ref, 1.01 * ref, 100.0).sum().backward()
+        return [p.grad.clone() for p in m.parameters() if p.requires_grad]
+    together, most = kept_for_backward(m, lambda: backward(False))
+    apart, half = kept_for_backward(m, lambda: backward(True))
+    largest = max(x.norm() for x in together)
+    assert all((a - b).norm() < 1e-6 * largest for a, b in zip(together, apart)) and half <= 0.55 * most
+
+def test_a_block_keeps_no_more_for_its_backward_pass_than_diffusers():
+    from diffusers import WanTransformer3DModel
+    config = model_file.Config(dim=96, ffn_dim=192, text_dim=32, num_heads=2, num_layers=2)
+    theirs = WanTransformer3DModel.from_config(config.to_diffusers()).requires_grad_(False)
+    ours, x = VideoDiT(config).requires_grad_(False), torch.randn(1, 16, 3, 8, 8, requires_grad=True)
+    t, text = torch.rand(1), torch.randn(1, 64, 32)                             # frozen, as beside adapters
+    _, own = kept_for_backward(ours, lambda: ours(x, t, text))
+    _, other = kept_for_backward(theirs, lambda: theirs(x, 1000 * t, text, return_dict=False)[0])
+    assert own <= 1.005 * other
+
+def test_files_have_the_mode_that_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        model_file.save_tensors({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
 
 # ---- sampling ----
+# A sample is a function of the seed and its number; guidance, win rates and tables are plain arithmetic.
 
-def test_timesteps():
+def test_timesteps_are_even_and_then_shifted_as_in_official_wan():
     assert timesteps(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
-    assert torch.allclose(timesteps(4, shift=3.0), torch.tensor([1, 0.9, 0.75, 0.5, 0]))
-
-
-def gaussian(mu=0.7, s=0.5):
-    """The exact velocity of data N(mu, s^2), and E[x0 | xt]."""
-    def mean_x0(x, t):
-        return mu + (1 - t) * s**2 / ((1 - t) ** 2 * s**2 + t**2) * (x - (1 - t) * mu)
-    def velocity(x, t):
-        x0 = mean_x0(x, t)
-        return ((x - (1 - t) * x0) / t) - x0
-    return velocity, mean_x0
-
-
-def test_euler_hits_a_gaussian_and_nrg_its_tilted_mean_but_not_with_the_wrong_sign():
-    velocity, mean_x0 = gaussian()
-    eps, ts = torch.randn(20000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64), timesteps(200).double()
-    x = euler(velocity, eps, ts)
-    assert abs(x.mean() - 0.700) < 0.01 and abs(x.std() - 0.496) < 0.01
-    # r(x0) = 2 x0, w = 2: the target is N(0.7 + w a s^2, s^2) = N(1.7, s^2); the exact noisy reward is E[r | xt] plus a constant
-    exact = lambda x, t: 2 * mean_x0(x, t).float()
-    ratios = []
-    x = euler(nrg(velocity, exact, rg_scale=2.0, dim_w=(1.0,), ratios=ratios), eps, ts)
-    assert abs(x.mean() - 1.7) < 0.02 and abs(x.std() - 0.496) < 0.01
-    assert len(ratios) == 199                                                   # t = 1 is skipped
-    assert euler(nrg(velocity, exact, rg_scale=-2.0, dim_w=(1.0,)), eps, ts).mean() < -0.2
-    # a limit keeps the guidance within its share of the velocity
-    v, guided = velocity(eps, ts[9]), nrg(velocity, exact, 1000.0, (1.0,), max_ratio=0.1)(eps, ts[9])
-    assert torch.allclose((guided - v).abs(), 0.1 * v.abs(), rtol=1e-3)
-
+    assert torch.allclose(timesteps(4, shift=3.0), tensor([1, 0.9, 0.75, 0.5, 0]))
 
 def test_cfg_interpolates_and_extrapolates():
-    a, b = (lambda x, t: x + 1), (lambda x, t: x - 1)
-    x = torch.zeros(2)
-    assert cfg(a, b, 0.0)(x, 1).tolist() == [-1, -1] and cfg(a, b, 1.0)(x, 1).tolist() == [1, 1] and cfg(a, b, 3.0)(x, 1).tolist() == [5, 5]
-
+    for scale, v in ((0.0, -1), (1.0, 1), (3.0, 5)):
+        assert cfg(lambda x, t: x + 1, lambda x, t: x - 1, scale)(torch.zeros(2), 1).tolist() == [v, v]
 
 def test_sampling_is_a_function_of_seed_and_index():
-    videos = lambda seed, batch: sample.toy_videos(random_model(), PROMPTS[:3], seed, steps=2, batch=batch)
+    def videos(seed, batch):
+        return sample.toy_videos(random_model(), PROMPTS[:3], seed, steps=2, batch=batch)
     a = videos(1, 3)
     assert torch.equal(a, videos(1, 3)) and torch.allclose(a, videos(1, 2), atol=1e-5)
     assert (a - videos(2, 3)).abs().max() > 0.1
 
-
-def test_win_rate_drops_exact_ties():
-    assert sample.win_rate(torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 0.0, 1.0])) == 2 / 3
+def test_a_win_rate_drops_exact_ties():
+    assert sample.win_rate(tensor([1.0, 2.0, 3.0, 0.0]), tensor([0.0, 2.0, 0.0, 1.0])) == 2 / 3
     assert sample.win_rate(torch.ones(3), torch.ones(3)) == 0.5
 
+def test_flawless_videos_close_the_whole_gap_and_the_start_none_of_it():
+    prompts, g = PROMPTS[::2], rng(0)
+    flawed = data.render_as(torch.arange(36) % 12, prompts, g).float()
+    clean = render(attributes(prompts), torch.zeros(36, len(DEFECTS)), g).float()
+    half = torch.cat([clean[:18], flawed[18:]])
+    whole, none, part = (sample.evaluate(videos, flawed, prompts) for videos in (clean, flawed, half))
+    assert all(x == pytest.approx(1, abs=0.03) for x in whole["gap_closed"].values())
+    assert set(none["gap_closed"].values()) == {0.0}
+    start, now, end = (part[name]["TA"] for name in ("oracle_start", "oracle", "oracle_clean"))
+    assert part["gap_closed"]["TA"] == pytest.approx((now - start) / (end - start), abs=1e-3)
+    assert whole["oracle"]["TA"] == pytest.approx(end, abs=0.01)
 
-# ---- the toy world ----
+def test_a_table_of_scores_has_means_and_spreads(capsys):
+    def result(*rows, distance):
+        keys = zip(("oracle_start", "oracle", "gap_closed"), rows)
+        return {key: dict(zip((*DIMS, "Overall"), row)) for key, row in keys} | {"distance": distance}
+    a = result((0.2, 0.5, 0.8), (0.3, 0.4, 0.5), (1.0, 0.03, 0.3, -0.2), distance=0.25)
+    b = result((0.0, 0.5, 1.0), (0.1, 0.2, 0.3), (0.0, 0.01, 0.5, -0.1), distance=0.5)
+    sample.print_scores({"half": [a, b], "alone": [b]})
+    assert capsys.readouterr().out.strip().splitlines()[2:] == [
+        "| half | 0.10 ± 0.14 to 0.20 ± 0.14 (50 ± 71) | 0.50 ± 0.00 to 0.30 ± 0.14 (2 ± 1) | "
+        "0.90 ± 0.14 to 0.40 ± 0.14 (40 ± 14) | (-15 ± 7) | 0.3750 ± 0.1768 |",
+        "| alone | 0.00 to 0.10 (0) | 0.50 to 0.20 (1) | 1.00 to 0.30 (50) | (-10) | 0.5000 |"]
 
-def test_each_oracle_score_falls_with_its_own_defect_and_hardly_moves_with_the_others():
-    prompts = PROMPTS
-    wanted = attributes(prompts)
-    own = {"blur": 0, "wash": 0, "jitter": 1, "stutter": 1, "teleport": 1, "colour": 2, "shape": 2, "direction": 2}
-    for defect, dim in own.items():
-        rows = []
-        for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
-            defects = torch.zeros(len(prompts), len(DEFECTS))
-            defects[:, DEFECTS.index(defect)] = strength
-            rows.append(oracle(render(wanted, defects, rng(1)).float(), prompts).mean(0))
-        table = torch.stack(rows)                                               # (strength, dimension)
-        assert (table[0] > 0.96).all()
-        assert (table.diff(dim=0)[:, dim] < -0.02).all() and table[-1, dim] < 0.7, f"{defect}\n{table}"
-        assert all((table[:, k] - table[0, k]).abs().max() < 0.08 for k in range(3) if k != dim), f"{defect}\n{table}"
+def test_a_hacked_reward_is_named_and_a_good_run_is_not():
+    video = clean_videos(PROMPTS[::4])
+    grey, still = video.mean(1, keepdim=True).expand_as(video), video[:, :, :1].expand_as(video)
 
+    def said(now=video, oracle=0.8, reward=0.9):
+        rates = {"win_rate": {"Overall": oracle}, "win_rate_reward": {"Overall": reward}}
+        return sample.hacking(rates | {"pixels": look(now), "pixels_start": look(video)})
+    look = sample.pixel_statistics
+    assert look(video).keys() == {"motion", "saturation", "brightness"}
+    assert not said() and not said(grey, reward=0.4)
+    assert re.search(r"in 90%, but saturation fell from 0\.\d+ to 0.000$", said(grey))
+    assert re.search(r"but motion fell from 0\.\d+ to 0.000$", said(still))
+    assert "the oracle prefers them in 30% only" in said(oracle=0.3)
+
+def test_sampling_writes_videos_that_one_can_look_at_and_score(runs):
+    draw(runs, "videos", steps=3, prompt=[PROMPTS[0]], n_per_prompt=2, cfg=2.0, nrg=f"{runs}/noisy")
+    assert data.read_video(runs / "videos/001.mp4")[0].shape == (8, 192, 192, 3)
+    args = reward.Args(ckpt=f"{runs}/reward", video=[f"{runs}/videos/000.mp4"], prompt=PROMPTS[0])
+    assert reward.main(args).shape == (1, 3)
+
+def test_runs_are_compared_in_one_table_with_seeds_together(runs, capsys):
+    result = draw(runs, "nrg", steps=3, nrg=f"{runs}/noisy", eval=18, dim_w=(0.0, 0.0, 1.0))
+    sample.compare(sample.Compare(compare=[f"{runs}/nrg"] * 2))
+    said = capsys.readouterr().out.partition("| 18 |")[2]                       # after the run's own table
+    assert said.count("| nrg | oracle |") == 1 and said.count(" ± 0.0 |") == 4 and "| 2 x 18 |" in said
+    assert result["n"] == 18 and (runs / "compare.png").exists()
+
+def test_numbers_of_runs_are_drawn_over_an_argument(runs):
+    results = {x: draw(runs, f"scale{x:g}", steps=1, nrg=f"{runs}/noisy", eval=4, rg_scale=x)
+               for x in (1.0, 30.0)}
+    args = sample.Compare(compare=[f"{runs}/scale1", f"{runs}/scale30"], x="rg_scale", by=["steps"],
+                          y=["win_rate/VQ", "oracle/VQ"], out=f"{runs}/drawn.png")
+    assert sample.compare(args) == {f"{y}, steps 1": {x: [result[y.split("/")[0]]["VQ"]]
+                                                      for x, result in results.items()} for y in args.y}
+    assert (runs / "drawn.png").read_bytes()[:4] == b"\x89PNG"
+    assert sample.compare(replace(args, by=[])).keys() == set(args.y)
+
+def test_rewards_are_compared_beside_the_ceiling_and_by_how_they_tell_ties(runs, capsys):
+    sample.compare(sample.Compare(compare=[f"{runs}/reward", f"{runs}/noisy"]))
+    said, ties = capsys.readouterr().out, read(runs / "noisy/eval.json")["differences"]["TA"]
+    assert re.search(r"ceiling.*\n\| reward \|.*\n\| noisy \|", said)
+    cell = f"{ties['tied'][1]:.2f} / {ties['other'][1]:.2f} ({100 * ties['separation']:.0f}) |"
+    assert said.splitlines()[-1].endswith(cell)
+
+def test_every_shift_starts_at_exactly_1_and_ends_at_exactly_0():
+    for shift in range(102, 2001):
+        ts = timesteps(7, shift / 100)
+        assert ts[0] == 1 and ts[-1] == 0 and (ts.diff() < 0).all()
+
+def test_memory_of_sampling_does_not_grow_with_the_number_of_videos(wan, tmp_path, monkeypatch):
+    alive, own = [], sample.write_video
+
+    def count(path, video, *rest):
+        own(path, video, *rest)
+        shapes = [x.shape[-2:] for x in gc.get_objects() if type(x) is torch.Tensor]
+        alive[-1].append(sum(shape in ((32, 48), (4, 6)) for shape in shapes))  # pixels and latents
+    monkeypatch.setattr(sample, "write_video", count)
+    for n in (13, 18):
+        alive.append([])
+        sample.main(sample.Args(model=str(wan), prompt=["a cat"], n_per_prompt=n, steps=1, cfg=1.0,
+                                out=f"{tmp_path}/{n}", **CLIP))
+    assert max(alive[1]) == max(alive[0])
+
+def test_the_figure_of_runs_over_their_steps_is_their_log_of_ten_events_or_more(runs, tmp_path):
+    events = data.read_log(runs / "base")
+    args = sample.Compare(compare=[f"{runs}/base"], x="step", y=["loss"], out=f"{tmp_path}/a.png")
+    lines = sample.compare(args)
+    assert len(events) >= 10 and {e["step"]: [e["loss"]] for e in events} == lines["loss, run base"]
+
+# ---- the world ----
+# Shapes world knows the truth: a score falls with its own flaw alone, and nothing but a good video scores.
+
+OWN = dict(VQ=("blur", "wash"), MQ=("jitter", "stutter", "teleport"), TA=("colour", "shape", "direction"))
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_an_oracle_score_falls_with_its_own_defects_and_hardly_moves_with_the_others(dim):
+    prompts, k = PROMPTS[::2], DIMS.index(dim)
+    for defect in OWN[dim]:
+        defects = torch.zeros(5, len(prompts), len(DEFECTS))
+        defects[..., DEFECTS.index(defect)] = torch.linspace(0, 1, 5)[:, None]
+        videos = (render(attributes(prompts), strength, rng(1)).float() for strength in defects)
+        table = torch.stack([oracle(video, prompts).mean(0) for video in videos])  # (strength, dimension)
+        assert (table[0] > 0.96).all() and (table[:, k].diff() < -0.02).all() and table[-1, k] < 0.7, table
+        assert (table - table[0])[:, [j for j in range(3) if j != k]].abs().max() < 0.08, table
 
 def test_the_oracle_is_not_fooled_off_the_manifold():
-    prompts = PROMPTS[:48]
-    clean = render(attributes(prompts), torch.zeros(48, 8), rng(1)).float()
-    flicker = clean.clone()
+    prompts = PROMPTS[:48:2]
+    clean = clean_videos(prompts)
+    empty, flicker = torch.full_like(clean, 2 * GROUND - 1), clean.clone()
     flicker[:, :, ::2] = 2 * GROUND - 1
-    g = torch.Generator().manual_seed(0)
-    mean = lambda video: dict(zip(DIMS, oracle(video, prompts).mean(0).tolist()))
-    empty, noise, white = torch.full_like(clean, 2 * GROUND - 1), torch.rand(clean.shape, generator=g) * 2 - 1, torch.ones_like(clean)
-    for video in (empty, noise, white):
+
+    def mean(video):
+        return dict(zip(DIMS, oracle(video, prompts).mean(0).tolist()))
+    for video in (empty, torch.rand(clean.shape, generator=rng(0)) * 2 - 1, torch.ones_like(clean)):
         assert max(mean(video).values()) < 0.05
-    assert mean(clean[:, :, :1].expand_as(clean))["MQ"] < 0.01                  # static
+    assert mean(clean[:, :, :1].expand_as(clean))["MQ"] < 0.01                  # it stands still
     assert mean(flicker)["MQ"] < 0.01 and mean(flicker)["VQ"] < 0.6
-    assert mean(clean.flip(2))["TA"] < 0.7                                      # backwards: one of three attributes is wrong
+    assert mean(clean.flip(2))["TA"] < 0.7  # backwards: one of three is wrong
     assert oracle(clean * 5, prompts).isfinite().all()
 
-
 def test_the_split_is_even_and_disjoint():
-    splits = [data.split_of(p) for p in PROMPTS]
+    splits, held_out = [data.split_of(p) for p in PROMPTS], attributes(data.prompts_of("eval"))
     assert [splits.count(s) for s in ("train", "val", "eval")] == [45, 9, 18]
-    held_out = attributes([p for p, s in zip(PROMPTS, splits) if s == "eval"])
-    assert [held_out[:, k].bincount().tolist() for k in (0, 1)] == [[3] * 6, [6] * 3] and held_out[:, 2].bincount().min() >= 4
-
+    assert [held_out[:, k].bincount().tolist() for k in (0, 1)] == [[3] * 6, [6] * 3]
+    assert held_out[:, 2].bincount().min() >= 4
 
 def test_annotators_tie_as_often_as_people_and_mostly_agree_with_the_oracle():
-    pairs = data.toy_pairs(600, "train", seed=0)
-    assert all(0.4 <= x <= 0.6 for x in (pairs.label == 0).float().mean(0).tolist())
+    pairs = data.toy_pairs(400, "train", seed=0)
     score = data.true_scores(pairs)
-    d = with_overall(normalised(score[:, 0])) - with_overall(normalised(score[:, 1]))
+    d = -data.with_overall(normalised(score)).diff(dim=1)[:, 0]                      # of A over B
+    assert all(0.4 <= x <= 0.6 for x in (pairs.label == 0).float().mean(0).tolist())
     assert all(0.8 < reward.accuracy_without_ties(pairs.label[:, k], d[:, k]) < 0.97 for k in range(4))
     assert pairs.mos.unique().tolist() == [1, 2, 3, 4, 5]
     assert np.corrcoef(pairs.mos[..., 1].flatten(), score[..., 1].flatten())[0, 1] > 0.8
     assert {data.split_of(p) for p in pairs.prompts} == {"train"}
-    again = data.toy_pairs(600, "train", seed=0)
-    assert torch.equal(pairs.videos, again.videos) and torch.equal(pairs.label, again.label)
-
-
-def test_winner_and_loser_one_after_the_other_give_the_same_gradient():
-    m, g = random_model(), torch.Generator().manual_seed(0)
-    x0, (eps, t, text) = torch.randn(2, 2, 3, 4, 8, 8, generator=g), random_batch()
-    grads = []
-    for together in (True, False):
-        err = train_align.velocity_errors(m, x0, text, t, eps, together)
-        assert err.shape == (2, 2)
-        grads.append((err, *torch.autograd.grad((err[:, 0] - 2 * err[:, 1]).sum(), list(m.parameters()))))
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*grads))
-
-
-def test_label_noise_blurs_labels_and_points():
     right, error = {}, {}
-    for noise in (0.1, 1.0, 10.0):
-        pairs = data.toy_pairs(400, "train", seed=0, noise=noise)
-        score = data.true_scores(pairs)
-        d = score[:, 0, 1] - score[:, 1, 1]
-        right[noise] = reward.accuracy_without_ties(pairs.label[:, 1], d)
-        error[noise] = (pairs.mos - (1 + 4 * score)).abs().mean().item()
-    assert right[0.1] > 0.94 > right[1.0] > 0.75 > right[10.0] and error[0.1] < 0.3 < error[1.0] < 1 < error[10.0]
+    for noise in (0.1, 1.0, 10.0):                                              # blurs labels and points
+        label, mos = data.annotate(*score.unbind(1), rng(0), noise), data.likert(score, rng(0), noise)
+        right[noise] = reward.accuracy_without_ties(label[:, 1], d[:, 1])
+        error[noise] = (mos - (1 + 4 * score)).abs().mean().item()
+    assert right[0.1] > 0.94 > right[1.0] > 0.75 > right[10.0]
+    assert error[0.1] < 0.3 < error[1.0] < 1 < error[10.0]
 
-
-def test_noise_and_order_are_functions_of_seed_step_and_sample():
+def test_pairs_noise_and_order_are_functions_of_seed_step_and_sample():
+    a, b, blurred = (data.toy_pairs(24, "train", seed=0, noise=noise) for noise in (1.0, 1.0, 10.0))
+    assert torch.equal(a.videos, b.videos) and torch.equal(a.label, b.label) and torch.equal(a.mos, b.mos)
+    assert torch.equal(a.videos, blurred.videos) and not torch.equal(a.mos, blurred.mos)
     t, eps = data.draw_noise((3, 2), 0, 5, [7, 8, 9])
     t2, eps2 = data.draw_noise((3, 2), 0, 5, [9])
     assert t[2] == t2[0] and torch.equal(eps[2], eps2[0]) and not torch.equal(eps[1], eps[2])
-    rows = torch.cat([data.step_rows(10, 4, 0, step) for step in range(5)])     # two epochs
-    assert rows[:10].sort().values.tolist() == rows[10:].sort().values.tolist() == list(range(10))
+    epochs = torch.cat([data.step_rows(10, 4, 0, step) for step in range(5)]).view(2, 10)
+    assert epochs.sort().values.tolist() == [list(range(10))] * 2
 
+def test_the_shipped_weights_are_small_and_of_this_world():
+    files = sorted((HERE / "assets").rglob("*.safetensors"))
+    assert [str(f.parent.relative_to(HERE)) for f in files] == [
+        "assets/base/transformer", "assets/noisy", "assets/reward"]
+    assert sum(f.stat().st_size for f in files) < 8e6
+    for metadata in (read_tensors(f)[1] for f in files):
+        assert metadata["world"] == data.world_hash() and metadata["seed"] == "0"
+        assert metadata["command"].startswith("python train_")
+
+def test_the_shipped_base_draws_well_and_the_shipped_reward_tells_good_from_bad():
+    prompts = data.prompts_of("eval", 36)
+    steps, shift, scale = (sample.RECIPES[name]["shapes"] for name in ("steps", "shift", "cfg"))
+    videos = sample.toy_videos(sample.load_model("assets/base"), prompts, 0, steps, shift, cfg_scale=scale)
+    share = oracle(videos, prompts).mean(0) / oracle(*data.flawed_videos(200, None, rng(0))).mean(0)
+    assert (share > 0.7).all(), share                                           # 36 leave room for chance
+    pairs = data.toy_pairs(200, "eval", seed=1)
+    d = -reward.load_reward("assets/reward").score_pairs(data.Shapes(), pairs, None).diff(dim=1)[:, 0]
+    assert all(reward.accuracy_without_ties(pairs.label[:, k], d[:, k]) > 0.65 for k in range(3))
+
+# ---- pairs ----
+# Preferences come from files in the layouts that people have, from annotators, or from a model's own videos.
+
+def test_pairs_are_read_from_csv_json_and_jsonl_in_the_layouts_that_people_have(tmp_path):
+    for name in "ab":
+        (tmp_path / name).touch()
+
+    def pairs(name, *lines):
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        return data.read_pairs(tmp_path / name)
+    authors = pairs("authors.csv", "path_A,path_B,prompt,VQ,MQ,TA,MOS_A_VQ,MOS_B_VQ",
+                    'a,b,"a cat, asleep",A,same,invalid,4,2.5', "b,a,a dog,B,,A,,")
+    assert authors.prompts == ["a cat, asleep", "a dog"] and authors.lines == [2, 3]
+    assert authors.videos[0] == (tmp_path / "a", tmp_path / "b")
+    assert authors.label.nan_to_num(9).tolist() == [[1, 0, 9, 9], [-1, 9, 1, 9]]
+    assert authors.mos[0, :, 0].tolist() == [4, 2.5] and authors.mos.isnan().sum() == 10
+    votes = [f"p,x,a,y,b,{vote}" for vote in ("leftvote", "rightvote", "tievote", "bothbad_vote")]
+    label = pairs("genai.csv", "prompt,left_model,left_video,right_model,right_video,vote_type", *votes).label
+    assert label[:, 3].tolist() == [1, -1, 0, 0] and label[:, :3].isnan().all()
+    answers = [f"p,a,b,{word}" for word in ("video1", "video2", "tie", "")]
+    label = pairs("vision.csv", "prompt,video1_path,video2_path,standard_answer", *answers).label
+    assert label[:, 3].nan_to_num(9).tolist() == [1, -1, 0, 9]
+    row = '{"prompt": "p", "chosen": "b", "rejected": "a"}'
+    assert pairs("dpo.json", f"[{row}, {row}]").lines == [1, 2]
+    chosen = pairs("dpo.jsonl", row, "", row)
+    assert chosen.label[:, 3].tolist() == [1, 1] and chosen.lines == [1, 3]
+
+def test_the_pair_report_counts_ties_agreement_repeats_and_contradictions(tmp_path, capsys):
+    rows = ["a,b,x,A,A", "b,a,x,B,B", "c,d,x,A,B", "d,c,x,A,same", "c,d,x,A,same", "a,b,y,same,", "a,d,z,,B"]
+    for name in "abcd":
+        (tmp_path / name).touch()
+    (tmp_path / "pairs.csv").write_text("\n".join(["path_A,path_B,prompt,VQ,TA", *rows]))
+    data.report_pairs(data.read_pairs(tmp_path / "pairs.csv"), ["y", "z", "w"])
+    assert capsys.readouterr().out.splitlines() == [
+        "7 pairs of 4 videos and 3 prompts, 2 of which are evaluated on too",
+        "2 pairs occur more than once: 2 in both orders, 1 with opposite labels",
+        "VQ: 86% labelled; A 67%, B 17%, ties 17%; where both decide, it agrees with TA 67%",
+        "TA: 86% labelled; A 17%, B 50%, ties 33%; where both decide, it agrees with VQ 67%"]
+    data.report_pairs(data.toy_pairs(40, "train", 0).subset([*range(40), 3]), data.prompts_of("eval"))
+    said = capsys.readouterr().out.splitlines()
+    assert re.match("41 pairs of 80 videos and .* prompts, 0 of which", said[0])
+    assert said[1].startswith("1 pairs occur more than once: 0 in both")
+
+def test_labels_decide_by_their_sign_and_ties_are_dropped():
+    pairs, args = data.toy_pairs(60, "train", 0), train_align.Args(labels="human", dim_w=(0.0, 1.0, 0.0))
+    ordered, rows, r = train_align.label(args, data.Shapes(), pairs, "cpu")
+    assert r is None and torch.equal(rows, (pairs.label[:, 1] != 0).nonzero()[:, 0])
+    b_wins = (pairs.label[rows, 1] < 0).long()
+    for place in (0, 1):
+        assert torch.equal(ordered.videos[rows, place], pairs.videos[rows, b_wins ^ place])
+    _, rows, r = train_align.label(replace(args, labels="oracle"), data.Shapes(), pairs, "cpu")
+    assert len(rows) == 60 and (r[:, 0] >= r[:, 1]).all()
+
+def test_on_policy_pairs_are_the_best_and_the_worst_of_what_a_model_drew_itself(runs, tmp_path):
+    draw(runs, "own", prompts="train", n_per_prompt=3, steps=2, cfg=1.0, reward="oracle")
+    pairs = data.Shapes().encode(data.read_pairs(runs / "own/pairs.csv"), train_align.Args())
+    assert pairs.prompts == data.prompts_of("train") and (pairs.label[:, 3] == 1).all()
+    prompts = [p for p in pairs.prompts for _ in range(3)]
+    own = sample.toy_videos(sample.load_model(runs / "base"), prompts, 0, 2)
+    r = data.overall(normalised(oracle(own, prompts))).view(45, 3)
+    own, rows = data.to_uint8(own).view(45, 3, *own.shape[1:]).float(), torch.arange(45)
+    for place, i in ((0, r.argmax(1)), (1, r.argmin(1))):  # mp4 keeps noise within a few levels
+        assert (pairs.videos[:, place] - own[rows, i]).abs().mean() < 6
+    align(runs, tmp_path / "run", pairs=f"{runs}/own/pairs.csv", steps=1)
+    assert read(tmp_path / "run/config.json")["args"]["labels"] == "human"      # the file's own decide
+    r = tensor([1, 3, 2, 6, 5, 4])
+    sample.write_pairs(tmp_path / "best.csv", list("abcdef"), ["x"] * 3 + ["y"] * 3, r, 3)
+    assert (tmp_path / "best.csv").read_text().split() == [
+        "prompt,chosen,rejected", "x,b.mp4,a.mp4", "y,d.mp4,f.mp4"]
 
 def test_videos_survive_their_file(tmp_path):
-    video = render(attributes(PROMPTS[:1]), torch.zeros(1, 8), rng(0))[0].float().repeat_interleave(8, 2).repeat_interleave(8, 3)
-    data.write_video(tmp_path / "a.mp4", video, fps=8)
-    frames, fps = data.read_video(tmp_path / "a.mp4")
+    video = clean_videos(PROMPTS[:1])[0].repeat_interleave(8, 2).repeat_interleave(8, 3)
+    file = tmp_path / "a.mp4"
+    data.write_video(file, video, fps=8)
+    frames, fps = data.read_video(file)
     assert frames.shape == (8, 192, 192, 3) and frames.dtype == np.uint8 and fps == 8
-    assert np.abs(frames.astype(float) - to_uint8(video).permute(1, 2, 3, 0).numpy()).mean() < 2
-    some, _ = data.read_video(tmp_path / "a.mp4", [1, 6])
-    assert np.array_equal(some, frames[[1, 6]])
-    (tmp_path / "bad.mp4").write_text("not a video")
-    for path, indices in (("bad.mp4", None), ("none.mp4", None), ("a.mp4", [99])):
-        with pytest.raises(ValueError, match=path):
-            data.read_video(tmp_path / path, indices)
+    assert np.abs(frames - data.to_uint8(video).permute(1, 2, 3, 0).numpy().astype(float)).mean() < 2
+    assert np.array_equal(data.read_video(file, [1, 6])[0], frames[[1, 6]])
+    assert data.video_info(file) == (8, 8.0, 192, 192)                          # counted, not decoded
+    with refusing("a.mp4"):
+        data.read_video(file, [99])
 
+def test_videos_that_cannot_be_used_are_named(tmp_path):
+    import av
+    write_clips(tmp_path, ["whole.mp4"], fps=24)
+    write_clips(tmp_path, ["enormous.mp4"], frames=1, size=(16, 8208))
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:900])
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "nothing.mp4").touch()
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), "fltp", "mono")
+        sound.sample_rate = 16000
+        container.mux([*stream.encode(sound), *stream.encode()])
+    with av.open(str(tmp_path / "frameless.mp4"), "w") as container:
+        container.add_stream("libx264", rate=8, width=32, height=32, pix_fmt="yuv420p")
+        container.start_encoding()
+    unread = "cannot be read as a video"
+    for name, says in (("cut", unread), ("text", unread), ("nothing", unread), ("gone", unread),
+                       ("sound", "has no video in it"), ("enormous", "8208 x 16: more than 8192"),
+                       ("frameless", f"frames|has no video|{unread}")):
+        with refusing(f"{name}.mp4.*({says})"):
+            data.read_clip(tmp_path / f"{name}.mp4", 1, (16, 16))
+    for look in (data.read_video, data.video_info):
+        with refusing(f"text.mp4 {unread}"):
+            look(tmp_path / "text.mp4")
 
-# ---- pairs from files ----
+def test_a_clip_is_a_stretch_of_time_whatever_the_frame_rate_and_the_files_name(tmp_path):
+    write_clips(tmp_path, ["whole.mp4"], frames=12, fps=24)
+    write_clips(tmp_path, ["slow.mp4"], frames=4, fps=8)                        # half a second too
+    shutil.copy(tmp_path / "whole.mp4", tmp_path / "whole.txt")
+    clips = [data.read_clip(tmp_path / name, 5, (16, 16)) for name in ("whole.mp4", "whole.txt", "slow.mp4")]
+    assert torch.equal(clips[0], clips[1]) and clips[2].shape == clips[0].shape == (3, 5, 16, 16)
 
-def write_clips(folder, names, frames=12, size=(32, 48), fps=8):
-    """Small mp4 files of Shapes world's colours, for tests that need real video files."""
-    for k, name in enumerate(names):
-        video = torch.zeros(3, frames, *size) - 0.5
-        video[k % 3, :, 8:20, 8 + k:24 + k] = 0.9
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        data.write_video(folder / name, video, fps)
+def test_the_toy_draws_judges_and_aligns_from_files(runs, tmp_path):
+    drawn, file = f"{tmp_path}/drawn", f"{tmp_path}/drawn/pairs.csv"
+    sample.main(sample.Args(model=f"{runs}/base", prompt=data.prompts_of("train")[:9], n_per_prompt=2, cfg=1.0,
+                            steps=1, reward="oracle", out=drawn))
+    args = align_args(runs, f"{tmp_path}/run", pairs=file, steps=2, eval_n=2, eval_steps=1)
+    world = data.world_of(args.model)
+    train_align.check(args, world)
+    pairs = world.encode(world.read(args), args)
+    assert args.labels == "human" and pairs.videos.shape == (9, 2, 3, 8, 24, 24)
+    truth = data.with_overall(normalised(data.true_scores(pairs)))[..., 3]
+    assert (truth[:, 0] >= truth[:, 1] - 0.05).all()                            # H.264 moves the truth
+    train_align.main(args)
+    m, start = sample.load_model(args.out), sample.load_model(runs / "base")
+    batch = torch.randn(1, 3, 8, 24, 24), torch.rand(1), torch.randn(1, 8, 32)
+    assert not torch.equal(m(*batch), start(*batch))
 
-
-def test_read_pairs_understands_the_authors_csv_genai_bench_and_chosen_rejected(tmp_path):
-    write_clips(tmp_path, ["v/a.mp4", "v/b.mp4"])
-    (tmp_path / "authors.csv").write_text(
-        "path_A,path_B,prompt,VQ,MQ,TA,MOS_A_VQ,MOS_B_VQ\n"
-        'v/a.mp4,v/b.mp4,"a cat, asleep",A,same,invalid,4,2.5\nv/b.mp4,v/a.mp4,a dog,B,,A,,\n')
-    nan = float("nan")
-    pairs = data.read_pairs(tmp_path / "authors.csv")
-    assert pairs.prompts == ["a cat, asleep", "a dog"] and pairs.lines == [2, 3]
-    assert pairs.videos[0] == (tmp_path / "v/a.mp4", tmp_path / "v/b.mp4")
-    assert torch.equal(pairs.label.nan_to_num(9), torch.tensor([[1, 0, nan, nan], [-1, nan, 1, nan]]).nan_to_num(9))
-    assert pairs.mos[0, :, 0].tolist() == [4, 2.5] and pairs.mos.isnan().sum() == 10
-
-    (tmp_path / "genai.csv").write_text("prompt,left_model,left_video,right_model,right_video,vote_type\n" + "".join(
-        f"p,x,v/a.mp4,y,v/b.mp4,{vote}\n" for vote in ("leftvote", "rightvote", "tievote", "bothbad_vote")))
-    label = data.read_pairs(tmp_path / "genai.csv").label
-    assert label[:, 3].tolist() == [1, -1, 0, 0] and label[:, :3].isnan().all()
-
-    (tmp_path / "vision.csv").write_text("prompt,video1_path,video2_path,standard_answer\n" + "".join(
-        f"p,v/a.mp4,v/b.mp4,{word}\n" for word in ("video1", "video2", "tie", "")))
-    assert data.read_pairs(tmp_path / "vision.csv").label[:, 3].nan_to_num(9).tolist() == [1, -1, 0, 9]
-
-    row = {"prompt": "p", "chosen": "v/b.mp4", "rejected": "v/a.mp4"}
-    (tmp_path / "dpo.json").write_text(json.dumps([row, row]))
-    assert data.read_pairs(tmp_path / "dpo.json").lines == [1, 2]
-    (tmp_path / "dpo.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n")
-    pairs = data.read_pairs(tmp_path / "dpo.jsonl")
-    assert pairs.label[:, 3].tolist() == [1, 1] and pairs.lines == [1, 3]
-
-
-@pytest.mark.parametrize("text, says", [
-    ("", "holds no pairs"), ("path_A,path_B,prompt,VQ\n", "holds no pairs"),
-    ("video,caption\na,b\n", "has the columns caption, video; understood are"),
-    ("path_A,path_B,prompt\na.mp4,a.mp4,p\n", "understood are"),
-    ("path_A,path_B,prompt,VQ\na.mp4,gone.mp4,p,A\na.mp4,a.mp4,,A\n", "row 2: .*gone.mp4 does not exist \\(and 1 more"),
-    ("path_A,path_B,prompt,VQ\na.mp4,a.mp4,\xff,A\n", "is not UTF-8"),
-    ("path_A,path_B,prompt,VQ\na.mp4,a.mp4,p,1\na.mp4,a.mp4,p,0\n", "has the labels 0, 1: write A, B or same"),
-    (f"path_A,path_B,prompt,VQ\n{'x' * 5000}.mp4,a.mp4,p,A\n", "xxx.mp4 does not exist"),
-    ("path_A,path_B,prompt,VQ\n\"a\nb.mp4\",a.mp4,p,A\n", "b.mp4 does not exist"),
-    (f"path_A,path_B,prompt,VQ\na.mp4,a.mp4,{'long ' * 30000},A\n", "field larger than field limit"),
-    ('path_A,path_B,prompt,VQ\na.mp4,a.mp4,"open,A\n', "cannot be read as CSV"),
-])
-def test_a_bad_pairs_file_ends_in_one_line(text, says, tmp_path, capsys):
-    write_clips(tmp_path, ["a.mp4"])
-    (tmp_path / "pairs.csv").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError) as stop:
-        data.read_pairs(tmp_path / "pairs.csv")
-    said = str(stop.value)
-    assert "\n" not in said.replace("a\nb.mp4", "") and re.search(says, said), said
-
-
-def test_video_info_counts_without_decoding(tmp_path):
-    write_clips(tmp_path, ["a.mp4"], frames=11, fps=24)
-    assert data.video_info(tmp_path / "a.mp4") == (11, 24.0, 32, 48)
-    (tmp_path / "b.mp4").write_text("no video")
-    with pytest.raises(ValueError, match="b.mp4 cannot be read as a video"):
-        data.video_info(tmp_path / "b.mp4")
-
+def test_a_row_that_comes_twice_in_a_step_has_noise_of_its_own():
+    samples = data.noise_samples(torch.tensor([3, 5, 3, 3]))
+    t, eps = data.draw_noise((4,), 0, 1, samples)
+    assert samples == [3, 5, (3, 1), (3, 2)] and t.unique().numel() == 4
+    assert torch.equal(eps[0], data.draw_noise((4,), 0, 1, [3])[1][0])
 
 # ---- rewards ----
+# A reward is as good as its accuracy. The latent one grows from the base; the VLM is the released one.
 
 def test_accuracies_are_the_exact_maximum_over_thresholds():
-    assert reward.accuracy_with_ties(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0])) == 1.0    # "no ties" counts too
-    assert reward.accuracy_without_ties(torch.tensor([1.0, -1.0, 0.0, float("nan")]), torch.tensor([0.0, -1.0, 5.0, 5.0])) == 0.5
-    g = torch.Generator().manual_seed(0)
+    assert reward.accuracy_with_ties(tensor([1.0, 1.0]), tensor([1.0, 2.0])) == 1.0         # "no ties" counts
+    label, d = tensor([1.0, -1.0, 0.0, NAN]), tensor([0.0, -1.0, 5.0, 5.0])
+    assert reward.accuracy_without_ties(label, d) == 0.5                        # d = 0 is wrong
+    g = rng(0)
     for _ in range(50):
-        label = torch.randint(-1, 2, (12,), generator=g).float()
-        d = torch.randint(-3, 4, (12,), generator=g).float()                    # many equal |d|
-        brute = max((torch.where(d.abs() <= e, 0, d.sign()) == label).float().mean().item() for e in (-1, 0, 1, 2, 3))
+        label, d = (torch.randint(-n, n + 1, (12,), generator=g).float() for n in (1, 3))   # many equal |d|
+        predicted = [torch.where(d.abs() <= e, 0, d.sign()) for e in range(-1, 4)]
+        brute = max((p == label).float().mean().item() for p in predicted)
         assert abs(reward.accuracy_with_ties(label, d) - brute) < 1e-6
 
+def test_score_differences_separate_ties_from_preferences():
+    label = tensor([[0.0, 1.0, -1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [-1.0, 0.0, 0.0]])
+    gap = tensor([[0.1, 0.1, 3.0], [0.3, 0.2, 1.0], [0.2, 0.3, 2.0], [0.4, 0.4, 1.0]])
+    found = train_reward.differences(label, gap)
+    assert [found[dim]["separation"] for dim in DIMS] == [0.75, 0.25, 1.0]
+    assert found["VQ"]["tied"] == [0.15, 0.2, 0.25] and found["TA"]["other"] == [2.25, 2.5, 2.75]
 
 def test_a_latent_reward_starts_from_the_base_and_survives_its_file(tmp_path):
-    base = random_model()
-    r = reward.LatentReward.from_base(base, depth=1)
-    x, t, text = random_batch()
-    with torch.no_grad():
-        assert torch.equal(r.dit(x, t, text, depth=1), base(x, t, text, depth=1))
-        r.mean.fill_(0.5)
-        r.std.fill_(2.0)
-        assert torch.allclose(r.score(x, t, text), (r(x, t, text) - 0.5) / 2)
-        r.half().float().save(tmp_path, {"world": data.world_hash()})             # the file is 16 bit
-        assert torch.equal(reward.LatentReward.from_pretrained(tmp_path).score(x, t, text), r.score(x, t, text))
-
-
-# ---- VideoReward: the VLM reward on a tiny random Qwen2-VL with a tiny tokenizer, in the real file layouts ----
-
-CHAT = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'video' %}"
-        "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-THEIRS = "Rate: <|VQ_reward|> then <|MQ_reward|> for '{text_prompt}' so {{it}} is <|TA_reward|>.\n"
-CONSTANTS = {f"{dim}_{k}": v for dim, mean in zip(DIMS, (3.7, 1.2, 2.8)) for k, v in (("mean", mean), ("std", 2.0))}
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    """A folder with: base/, a tiny Qwen2-VL of 700 vocabulary rows; clips a, b; prompt_template.py; released/, a
-    VideoReward in the authors' layout, whole, LoRA not merged; and `truth`, the tensors in it.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
-    root = tmp_path_factory.mktemp("qwen")
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    words.train_from_iterator([reward.RUBRIC], trainers.BpeTrainer(
-        vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|endoftext|>", chat_template=CHAT)
-    tokenizer.save_pretrained(root / "base")
-    torch.manual_seed(0)
-    text = dict(vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                bos_token_id=0, eos_token_id=2, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3]))
-    vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2)
-    ids = dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), range(3, 7)))
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, initializer_range=0.2, **ids))
-    for p in model.parameters():                                                # so that every part matters to a score
-        torch.nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.2)
-    model.save_pretrained(root / "base")
-    write_clips(root, ["a.mp4", "b.mp4"], frames=20, size=(64, 96), fps=10)
-    (root / "prompt_template.py").write_text(f'raise SystemExit("ran")\n{reward.THEIR_TEMPLATE} = """{THEIRS}"""\n')
-
-    own = reward.VideoReward.from_base(str(root / "base")).trainable()
-    for name, p in own.named_parameters():
-        if "lora_B" in name or name in ("rm_head.weight", "rows"):
-            torch.nn.init.normal_(p, 0, 0.3)
-    truth = {k: v.detach().clone() for k, v in own.state_dict().items()}
-    truth["qwen.language_model.embed_tokens.weight"][own.token_ids] = truth.pop("rows")
-    step = root / "released" / "checkpoint-30"
-    step.mkdir(parents=True)
-    torch.save({theirs(k): v for k, v in truth.items()} | {"base_model.model.lm_head.weight": torch.zeros(503, 32)}, step / "model.pth")
-    own.tokenizer.save_pretrained(step / "tokenizer")
-    settings = {"data_config": {"fps": 2.0, "num_frames": None, "max_frame_pixels": 200704, "sample_type": "uniform",
-                                "prompt_template_type": "detailed_special"},
-                "model_config": {"model_name_or_path": str(root / "base"), "output_dim": 1, "use_special_tokens": True, "reward_token": "last"},
-                "peft_lora_config": {"lora_r": 64, "lora_alpha": 128, "use_rslora": False}, "training_args": {"learning_rate": 2e-6}}
-    data.write_json(root / "released" / "model_config.json", settings | {"inference_config": CONSTANTS})
-    return root, truth
-
-
-def theirs(key, new=False, adapter=False):
-    """A tensor's name in the authors' files: peft's marks, transformers' names before or after they changed."""
-    lora = re.search(r"\.lora_[AB]$", key)
-    if lora:
-        key += ".weight" if adapter else ".default.weight"
-    elif any(f".{name}." in key for name in reward.LINEARS) and "language_model" in key:
-        key = re.sub(r"\.(weight|bias)$", r".base_layer.\1", key)
-    if not new:
-        key = key.replace("qwen.language_model.", "model.").replace("qwen.visual.", "visual.")
-    return "base_model.model." + key.replace("qwen.", "model.")
-
-
-def released(qwen, folder="released"):
-    return reward.VideoReward.from_pretrained(qwen[0] / folder, template=qwen[0] / "prompt_template.py")
-
-
-def clips(qwen, *names):
-    return [qwen[0] / f"{name}.mp4" for name in names]
-
+    base, batch = random_model(), random_batch()
+    r = reward.LatentReward.from_base(base, depth=1).requires_grad_(False)
+    assert torch.equal(r.dit(*batch, depth=1), base(*batch, depth=1))
+    r.mean.fill_(0.5)
+    r.std.fill_(2.0)
+    assert torch.allclose(r.score(*batch), (r(*batch) - 0.5) / 2)
+    r.half().float().save(tmp_path, data.Shapes().metadata)                     # the file is 16 bit
+    assert torch.equal(reward.load_reward(tmp_path).score(*batch), r.score(*batch))
 
 def test_loading_gives_the_scores_of_the_unmerged_model_in_every_layout(qwen, tmp_path):
-    root, truth = qwen
-    prompts = ["a cat", "a dog"]
-    whole = released(qwen)
-    r = whole.score(clips(qwen, "a", "b"), prompts, normalise=False)
-    assert r.std() > 0.1 and whole.qwen.get_input_embeddings().num_embeddings == len(whole.tokenizer) == 503 < 700
-    mean, std = (torch.tensor([CONSTANTS[f"{dim}_{k}"] for dim in DIMS]) for k in ("mean", "std"))
-    assert torch.allclose(whole.score(clips(qwen, "a", "b"), prompts), (r - mean) / std)
+    (root, truth), released = qwen, released_reward(qwen)
+    base, template = root / "base", root / "prompt_template.py"
+    raw, rows = raw_scores(qwen, released), released.qwen.get_input_embeddings().num_embeddings
+    assert raw.std() > 0.1 and rows == len(released.tokenizer) == 503           # of 700 in the base
+    mean, std = (tensor([CONSTANTS[f"{dim}_{name}"] for dim in DIMS]) for name in ("mean", "std"))
+    assert torch.allclose(raw_scores(qwen, released, normalise=True), (raw - mean) / std)
+    unmerged = reward.VideoReward.from_base(base, template=template).trainable()
+    unmerged.eval().load_state_dict(truth | {"rows": truth[reward.EMBEDDING][unmerged.token_ids]})
+    assert torch.allclose(raw_scores(qwen, unmerged), raw, atol=1e-4)
 
-    unmerged = reward.VideoReward.from_base(root / "base", template=root / "prompt_template.py").trainable().eval()
-    unmerged.load_state_dict(truth | {"rows": truth[reward.EMBEDDING][unmerged.token_ids]})
-    assert torch.allclose(unmerged.score(clips(qwen, "a", "b"), prompts, normalise=False), r, atol=1e-4)
-
-    for name, new in (("new", True), ("adapter", False), ("adapter_new", True)):
-        shutil.copytree(root / "released", tmp_path / name)
-        step = tmp_path / name / "checkpoint-30"
-        shutil.copytree(step, tmp_path / name / "checkpoint-4")                 # an older step, and of the wrong weights
-        (tmp_path / name / "checkpoint-4" / "model.pth").write_bytes(b"")
-        tensors = {k: v for k, v in truth.items()}
-        if "adapter" in name:
-            (step / "model.pth").unlink()
-            trained = {k: v for k, v in tensors.items() if "visual" in k or "rm_head" in k or "embed_tokens" in k}
-            torch.save({theirs(k, new): v for k, v in trained.items()}, step / "non_lora_state_dict.pth")
-            kept = {k: v for k, v in tensors.items() if "lora_" in k or "embed_tokens" in k}
-            model_file.save_tensors({theirs(k, new, adapter=True): v for k, v in kept.items()} | {"base_model.model.lm_head.weight": torch.zeros(503, 32)},
-                                    step / "adapter_model.safetensors")
+    lora = {k: v for k, v in truth.items() if "lora_" in k or "embed_tokens" in k}
+    rest = {k: v for k, v in truth.items() if "visual" in k or "rm_head" in k or "embed_tokens" in k}
+    for layout in ("new", "adapter", "adapter_new"):
+        step = shutil.copytree(root / "released", tmp_path / layout) / "checkpoint-30"
+        shutil.copytree(step, tmp_path / layout / "checkpoint-4")               # older, and of bad weights
+        (tmp_path / layout / "checkpoint-4/model.pth").write_bytes(b"")
+        if layout == "new":
+            torch.save(theirs(truth, layout), step / "model.pth")
         else:
-            torch.save({theirs(k, new): v for k, v in tensors.items()}, step / "model.pth")
-        again = reward.VideoReward.from_pretrained(tmp_path / name, base=root / "base", template=root / "prompt_template.py")
-        assert torch.allclose(again.score(clips(qwen, "a", "b"), prompts, normalise=False), r, atol=1e-5), name
-
+            (step / "model.pth").unlink()
+            torch.save(theirs(rest, layout.replace("adapter", "")), step / "non_lora_state_dict.pth")
+            model_file.save_tensors(theirs(lora, layout) | LM_HEAD, step / "adapter_model.safetensors")
+        again = reward.VideoReward.from_pretrained(tmp_path / layout, base, template)
+        assert torch.allclose(raw_scores(qwen, again), raw, atol=1e-5), layout
 
 def test_positions_are_plain_and_not_the_three_dimensional_ones(qwen):
-    """transformers' own forward, with plain positions, gives our scores; with its default M-RoPE it gives others."""
-    own = released(qwen)
+    """transformers' own forward gives our scores with plain positions, with its own M-RoPE others."""
+    own = released_reward(qwen)
     ids, mask, patches, grids = own.inputs(clips(qwen, "a"), ["a cat"])
-    embedded = own.qwen.get_input_embeddings()(ids)
-    assert torch.equal(embedded[0, (ids[0] == own.token_ids[0])], own.rows[:1])
-    at = torch.stack([(ids == i).int().argmax(1) for i in own.token_ids], dim=1)[0]
-    scores = {}
-    for name, positions in (("plain", torch.arange(ids.shape[1]).expand(3, 1, -1)), ("mrope", None)):
-        h = own.qwen(input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values_videos=patches, video_grid_thw=grids,
-                     mm_token_type_ids=2 * (ids == own.video_id).int()).last_hidden_state
-        scores[name] = own.rm_head(h)[0, at, 0]
-    r = own(ids, mask, patches, grids)[0]
-    assert torch.allclose(r, scores["plain"], atol=1e-5) and (r - scores["mrope"]).abs().min() > 1e-3
-
+    assert torch.equal(own.qwen.get_input_embeddings()(ids)[0, ids[0] == own.token_ids[0]], own.rows[:1])
+    r, at = own(ids, mask, patches, grids)[0], [ids[0].tolist().index(i) for i in own.token_ids]
+    plain, mrope = (own.rm_head(own.qwen(
+        input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values_videos=patches,
+        video_grid_thw=grids, mm_token_type_ids=2 * (ids == own.video_id).int()).last_hidden_state)[0, at, 0]
+        for positions in (torch.arange(ids.shape[1]).expand(3, 1, -1), None))
+    assert torch.allclose(r, plain, atol=1e-5) and (r - mrope).abs().min() > 1e-3
 
 def test_vq_and_mq_cannot_see_the_prompt_and_a_batch_is_one_by_one(qwen):
-    own, videos, prompts = released(qwen), clips(qwen, "a", "b", "a"), ["a cat", "a very long tale of two dogs in the snow", "sea"]
+    own, videos = released_reward(qwen), clips(qwen, "a", "b", "a")
+    prompts = ["a cat", "a very long tale of two dogs in the snow", "sea"]
     r = own.score(videos, prompts)
-    assert torch.allclose(r, torch.cat([own.score([v], [p]) for v, p in zip(videos, prompts)]), atol=1e-5)
+    alone = torch.cat([own.score([v], [p]) for v, p in zip(videos, prompts)])
+    assert torch.allclose(r, alone, atol=1e-5) and (r[0] - r[1]).abs().min() > 1e-4
     assert (r[0, :2] - r[2, :2]).abs().max() < 1e-5 < 1e-3 < (r[0, 2] - r[2, 2]).abs()
-    assert (r[0] - r[1]).abs().min() > 1e-4
 
-
-@pytest.mark.parametrize("how", ["diagonal", "last"])
-def test_three_outputs_and_the_other_reward_tokens(qwen, how):
-    own = reward.VideoReward.from_base(qwen[0] / "base", "special" if how == "diagonal" else how)
-    own.rm_head.weight.data = torch.nn.init.normal_(torch.empty(3, 32))
+@pytest.mark.parametrize("token", ["special", "last"])
+def test_three_outputs_are_read_each_at_its_token_or_all_at_the_last(qwen, token):
+    own = reward.VideoReward.from_base(qwen[0] / "base", token)
+    own.rm_head.weight.data = torch.randn(3, 32)
     own.settings["output_dim"] = 3
     ids, mask, patches, grids = own.inputs(clips(qwen, "a", "b"), ["a cat", "one, two, three dogs"])
-    h = own.rm_head(own.qwen(input_ids=ids, attention_mask=mask, pixel_values_videos=patches, video_grid_thw=grids,
-                             position_ids=torch.arange(ids.shape[1]).expand(3, 2, -1)).last_hidden_state)
-    for b, n in enumerate(mask.sum(1).tolist()):
-        at = [ids[b].tolist().index(i) for i in own.token_ids]
-        expected = {"diagonal": lambda: h[b, at, [0, 1, 2]], "last": lambda: h[b, n - 1]}[how]()
-        assert torch.allclose(own(ids, mask, patches, grids)[b], expected, atol=1e-4)
-    assert mask.sum(1).unique().numel() == 2 and (how == "diagonal") == (reward.TOKENS[0] in own.settings["template"])
-
+    h = own.rm_head(own.qwen(
+        input_ids=ids, attention_mask=mask, pixel_values_videos=patches, video_grid_thw=grids,
+        position_ids=torch.arange(ids.shape[1]).expand(3, 2, -1)).last_hidden_state)
+    r, lengths = own(ids, mask, patches, grids), mask.sum(1).tolist()
+    for b, n in enumerate(lengths):
+        at = [ids[b].tolist().index(i) for i in own.token_ids] or [n - 1] * 3
+        assert torch.allclose(r[b], h[b, at, [0, 1, 2]], atol=1e-4)
+    assert lengths[0] != lengths[1] and (token == "special") == (reward.TOKENS[0] in own.settings["template"])
 
 def test_the_input_is_the_default_system_turn_the_video_and_the_prompt(qwen):
-    own = released(qwen)
+    own = released_reward(qwen)
     ids, _, patches, grids = own.inputs(clips(qwen, "a"), ["a cat"])
     said = own.tokenizer.decode(ids[0]).replace("<|video_pad|>" * (len(patches) // 4), "<|video_pad|>")
-    assert said == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
-                    + THEIRS.replace("{text_prompt}", "a cat").replace("{{it}}", "{it}") + "<|im_end|>\n<|im_start|>assistant\n")
-    assert grids.tolist() == [[2, 20, 28]]                                      # 4 frames of 280 x 392: 2 s at 2 a second
-    with pytest.raises(ValueError, match="special token"):
+    assert said == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+                    "<|vision_start|><|video_pad|><|vision_end|>"
+                    + THEIRS.replace("{text_prompt}", "a cat").replace("{{it}}", "{it}")
+                    + "<|im_end|>\n<|im_start|>assistant\n")
+    assert grids.tolist() == [[2, 20, 28]]                                      # 4 frames of 280 x 392
+    with refusing("special token"):
         own.inputs(clips(qwen, "a"), ["a cat <|TA_reward|>"])
 
-
 def test_how_many_frames_and_which():
-    for total, fps, n in ((60, 24, 4), (60, 23.976, 6), (150, 30, 10), (126, 24, 10), (1, 24, 2), (2, 24, 2), (3, 24, 2), (5, 1, 4), (24 * 600, 24, 768)):
+    for total, fps, n in ((60, 24, 4), (60, 23.976, 6), (150, 30, 10), (126, 24, 10), (1, 24, 2), (2, 24, 2),
+                          (3, 24, 2), (5, 1, 4), (24 * 600, 24, 768)):
         got = reward.frame_indices(total, fps)
         assert len(got) == n and got[0] == 0 and got[-1] == total - 1, (total, fps, got)
-    assert reward.frame_indices(7, 1) == [0, 1, 2, 4, 5, 6] and reward.frame_indices(9, 24, count=40) == [0, 1, 2, 3, 5, 6, 7, 8]
-
+    assert reward.frame_indices(7, 1) == [0, 1, 2, 4, 5, 6]
+    assert reward.frame_indices(9, 24, count=40) == [0, 1, 2, 3, 5, 6, 7, 8]
 
 def test_frame_sizes_follow_the_authors_bounds():
-    for size, fitted in (((576, 1024), (336, 588)), ((1280, 720), (588, 336)), ((64, 96), (280, 392)), ((448, 448), (448, 448)),
-                         ((336, 336), (336, 336)), ((100, 8000), (28, 4004)), ((300, 310), (336, 336))):
+    for size, fitted in (((576, 1024), (336, 588)), ((1280, 720), (588, 336)), ((64, 96), (280, 392)),
+                         ((448, 448), (448, 448)), ((336, 336), (336, 336)), ((100, 8000), (28, 4004)),
+                         ((300, 310), (336, 336))):
         assert reward.frame_size(*size) == fitted, size
-    assert reward.frame_size(300, 310, max_pixels=64 * 28 * 28) == (196, 224)  # shrunk, never enlarged again
+    assert reward.frame_size(300, 310, max_pixels=64 * 28 * 28) == (196, 224)   # shrunk, not enlarged again
     assert reward.frame_size(100, 100, max_pixels=20_000) == (336, 336)         # enlarged past its own bound
     for size, most in (((10, 3000), 200704), ((30, 4000), 20000)):
-        with pytest.raises(ValueError, match=f"v.mp4 is {size[0]} x {size[1]}"):
+        with refusing(f"v.mp4 is {size[0]} x {size[1]}"):
             reward.frame_size(*size, most, "v.mp4")
 
-
 def test_patches_are_those_of_transformers_own_processor():
-    """A frame shown twice gives the patches of the image processor; two frames, an independent reading of the layout."""
+    """A frame shown twice gives the processor's patches; two frames, an independent reading of the layout."""
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    g = np.random.default_rng(0)
-    frames = g.integers(0, 256, (2, 280, 364, 3), dtype=np.uint8)               # no resize: 101,920 pixels
     processor = Qwen2VLImageProcessorPil(min_pixels=reward.MIN_PIXELS, max_pixels=reward.MAX_PIXELS)
-    out = processor(Image.fromarray(frames[0]), return_tensors="pt")
-    x, grid = reward.patchify(frames[[0, 0]], (280, 364))
-    assert torch.allclose(x, out["pixel_values"], atol=1e-5) and grid.tolist() == out["image_grid_thw"][0].tolist()
-    x, grid = reward.patchify(frames, (280, 364))
-    x = x.view(-1, 3, 2, 14, 14) * reward.PIXEL_STD[None, :, None] + reward.PIXEL_MEAN[None, :, None]
-    for n in (0, 1, 2, 3, 4, 200, 519):                                         # patch n: token n // 4, corner n % 4 of it
-        row, column = n // 4 // 13 * 2 + n % 4 // 2, n // 4 % 13 * 2 + n % 2
-        seen = frames[:, row * 14:row * 14 + 14, column * 14:column * 14 + 14].transpose(3, 0, 1, 2) / 255
-        assert np.abs(x[n].numpy() - seen).max() < 1e-5, n
-    for height, width in ((97, 131), (900, 700)):                               # resized by Pillow there, by torch here
-        frame = g.integers(90, 166, (height, width, 3), dtype=np.uint8)         # mid greys: Pillow clamps between its two passes
+    g = np.random.default_rng(0)
+    frames = g.integers(0, 256, (2, 280, 364, 3), dtype=np.uint8)               # of a size that stays
+    greys = [g.integers(90, 166, (*size, 3), dtype=np.uint8) for size in ((97, 131), (900, 700))]
+    for frame, levels in ((frames[0], 0.01), *((grey, 1.5) for grey in greys)):  # Pillow resizes, and clamps
         out = processor(Image.fromarray(frame), return_tensors="pt")
-        x, grid = reward.patchify(frame[None].repeat(2, 0), reward.frame_size(height, width))
-        assert grid.tolist() == out["image_grid_thw"][0].tolist() and (x - out["pixel_values"]).abs().max() * 0.27 * 255 < 1.5
-    grey = (x.view(-1, 3, 2, 14, 14) * reward.PIXEL_STD[None, :, None] + reward.PIXEL_MEAN[None, :, None]) * 255
-    assert (grey - grey.round()).abs().max() < 1e-3 and grey.min() > -0.01 and grey.max() < 255.01
+        x, grid = reward.patchify(frame[None].repeat(2, 0), reward.frame_size(*frame.shape[:2]))
+        assert grid.tolist() == out["image_grid_thw"][0].tolist()
+        assert (x - out["pixel_values"]).abs().max() * 0.27 * 255 < levels
 
+    def pixels(x):
+        return x.view(-1, 3, 2, 14, 14) * reward.PIXEL_STD[None, :, None] + reward.PIXEL_MEAN[None, :, None]
+    grey = pixels(x) * 255
+    assert (grey - grey.round()).abs().max() < 1e-3 and grey.min() > -0.01 and grey.max() < 255.01
+    x = pixels(reward.patchify(frames, (280, 364))[0]).numpy()
+    for n in (0, 1, 2, 3, 4, 200, 519):  # token n // 4, corner n % 4 of it
+        row, column = 14 * (n // 4 // 13 * 2 + n % 4 // 2), 14 * (n // 4 % 13 * 2 + n % 2)
+        seen = frames[:, row:row + 14, column:column + 14].transpose(3, 0, 1, 2) / 255
+        assert np.abs(x[n] - seen).max() < 1e-5, n
 
 def test_odd_videos_are_scored_or_refused_by_name(qwen, tmp_path):
     import av
-    own = released(qwen)
+    own = released_reward(qwen)
     write_clips(tmp_path, ["portrait.mp4"], frames=8, size=(96, 32))
     write_clips(tmp_path, ["one.mp4"], frames=1)
-    with av.open(str(tmp_path / "variable.mkv"), "w") as container:             # frames at uneven times
+    write_clips(tmp_path, ["narrow.mp4"], frames=4, size=(10, 2400))
+    (tmp_path / "text.mp4").write_text("no video")
+    with av.open(str(tmp_path / "uneven.mkv"), "w") as container:               # in time
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
         for i, ms in enumerate((0, 40, 80, 500, 1500, 1540, 2000)):
@@ -720,585 +787,890 @@ def test_odd_videos_are_scored_or_refused_by_name(qwen, tmp_path):
             frame.pts, frame.time_base = ms, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    odd = [tmp_path / name for name in ("portrait.mp4", "one.mp4", "variable.mkv")]
-    assert own.score(odd, ["p"] * 3).isfinite().all()
-    write_clips(tmp_path, ["narrow.mp4"], frames=4, size=(10, 2400))
-    (tmp_path / "text.mp4").write_text("no video")
+    for name in ("portrait.mp4", "one.mp4", "uneven.mkv"):
+        assert own.score([tmp_path / name], ["p"]).isfinite().all()
     for name in ("narrow.mp4", "text.mp4"):
-        with pytest.raises(ValueError, match=name):
+        with refusing(name):
             own.score([tmp_path / name], ["p"])
 
-
 def test_a_template_is_parsed_and_never_executed(qwen, tmp_path):
-    assert reward.read_template(qwen[0] / "prompt_template.py") == THEIRS       # its first line would end the tests
-    for text in ("x = 1", f"{reward.THEIR_TEMPLATE} = open('x').read()", f"{reward.THEIR_TEMPLATE} = 'no tokens {{text_prompt}}'",
-                 f"{reward.THEIR_TEMPLATE} = 1", "def (", f"{reward.THEIR_TEMPLATE} = '''{THEIRS.replace('{text_prompt}', '{text_prompt.x}')}'''",
-                 f"{reward.THEIR_TEMPLATE} = '''{{text_prompt}} {THEIRS.replace('{text_prompt}', '')}'''"):
+    assert reward.read_template(qwen[0] / "prompt_template.py") == THEIRS       # it would end the tests
+    odd = THEIRS.replace("{text_prompt}", "{text_prompt.x}")
+    early = "{text_prompt}" + THEIRS.replace("{text_prompt}", "")
+    values = [repr(odd), repr(early), "1", "open('x').read()", "'no tokens {text_prompt}'"]
+    for text in ("x = 1", "def (", *(f"{reward.THEIR_TEMPLATE} = {value}" for value in values)):
         (tmp_path / "t.py").write_text(text)
-        with pytest.raises(ValueError, match="t.py"):
+        with refusing("t.py"):
             reward.read_template(tmp_path / "t.py")
 
-
-def test_interrupted_scoring_goes_on_and_nothing_is_scored_twice(qwen, tmp_path, monkeypatch, capsys):
-    own, cache, scored = released(qwen), tmp_path / "scores.jsonl", []
+def test_interrupted_scoring_goes_on_and_nothing_is_scored_twice(qwen, tmp_path, monkeypatch):
+    own, cache, scored = released_reward(qwen), tmp_path / "scores.jsonl", []
     videos, prompts = clips(qwen, "a", "b", "a", "a"), ["x", "x", "x", "y"]
     plain = own.score(videos, prompts)
 
     def score(paths, prompts, normalise):
         if len(scored) == 2:
-            raise RuntimeError("interrupted")
+            raise Killed
         scored.append((Path(paths[0]).stem, prompts[0]))
         return reward.VideoReward.score(own, paths, prompts, normalise)
     monkeypatch.setattr(own, "score", score)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(Killed):
         reward.score_videos(own, videos, prompts, cache)
-    cache.write_text(cache.read_text() + '{"key": "cut sho')                    # as a power cut would leave it
-    scored.pop(), scored.pop()
-    assert torch.allclose(reward.score_videos(own, videos, prompts, cache), plain, atol=1e-5) and scored == [("a", "y")]
-    scored.clear()
-    assert torch.allclose(reward.score_videos(own, videos, prompts, cache), plain, atol=1e-5) and not scored
-    shutil.copy(videos[1], tmp_path / "a.mp4")
-    other = reward.VideoReward.from_pretrained(qwen[0] / "released", template=qwen[0] / "prompt_template.py", dtype=torch.bfloat16)
-    assert other.identity != own.identity and (reward.score_videos(other, videos, prompts, cache) - plain).abs().max() > 1e-6
-    with pytest.raises(UserError, match="gone.mp4 cannot be read"):
+    cache.write_text(cache.read_text() + '{"key": "cut sho')                    # as a power cut leaves it
+    for todo in ([("a", "y")], []):
+        scored.clear()
+        assert torch.allclose(reward.score_videos(own, videos, prompts, cache), plain, atol=1e-5)
+        assert scored == todo
+    other = released_reward(qwen, torch.bfloat16)                               # another, with other scores
+    assert other.identity != own.identity
+    assert (reward.score_videos(other, videos, prompts, cache) - plain).abs().max() > 1e-6
+    with refusing("gone.mp4 cannot be read"):
         reward.score_videos(own, [tmp_path / "gone.mp4"], ["x"], cache)
 
-
-def prefs(qwen, path, mos=True):
-    """A file of pairs in the authors' format: a beats b on VQ and TA whatever the prompt, MQ is unlabelled or a tie."""
-    lines = ["path_A,path_B,prompt,VQ,MQ,TA" + ",MOS_A_VQ,MOS_B_VQ" * mos]
-    for i in range(8):
-        a, b, label = ("a", "b", "A") if i % 2 else ("b", "a", "B")
-        lines.append(f"{a}.mp4,{b}.mp4,prompt {i},{label},{'same' if i == 3 else 'invalid'},{label}" + (",5,1" if i % 2 else ",1,5") * mos)
-    (qwen[0] / path).write_text("\n".join(lines) + "\n")
-    return str(qwen[0] / path)
-
-
-@pytest.mark.parametrize("changes", [{}, dict(loss="bt", reward_token="last"), dict(loss="regression")], ids=["btt", "bt last", "regression"])
-def test_training_a_video_reward_lowers_its_loss_and_moves_only_what_the_paper_trains(qwen, changes, tmp_path):
-    pairs, base = prefs(qwen, "prefs.csv"), str(qwen[0] / "base")
-    args = train_reward.Args(model=base, pairs=pairs, steps=8, batch=2, accumulate=2, lr=2e-3, out=str(tmp_path / "run"), **changes)
+@pytest.mark.parametrize("changes", [{}, dict(loss="bt", reward_token="last"), dict(loss="regression")],
+                         ids=["btt", "bt last", "regression"])
+def test_training_a_video_reward_moves_only_what_the_paper_trains(qwen, changes, tmp_path):
+    args, special = qwen_args(qwen, tmp_path / "run", steps=8, **changes), "reward_token" not in changes
     result = train_reward.main(args)
-    assert result["loss_last"] < result["loss_first"] and result["n"] == 1 and set(result["reward"]) == {"VQ", "TA"}
-    saved, _ = model_file.read_tensors(tmp_path / "run" / "reward.safetensors")
+    assert result["loss_last"] < result["loss_first"] and result["n"] == 1
+    assert set(result["reward"]) == {"VQ", "TA"}
     torch.manual_seed(0)
-    before = reward.VideoReward.from_base(base, args.reward_token).trainable().state_dict()
-    moved = {k for k in before if not torch.equal(before[k], saved[k])}
-    assert set(saved) == set(before)
-    assert moved == {k for k in before if "lora" in k or "visual" in k or k in ("rm_head.weight", "rows")[:2 - ("last" in changes.values())]}
-    assert before["rows"].shape == ((0 if "last" in changes.values() else 3), 32)
-
-    again, memory = reward.VideoReward.from_pretrained(tmp_path / "run"), reward.VideoReward.from_base(base, args.reward_token).trainable().eval()
-    memory.load_state_dict(saved)
-    raw = memory.score(clips(qwen, "a", "b"), ["p", "q"], normalise=False)
-    assert torch.allclose(again.score(clips(qwen, "a", "b"), ["p", "q"], normalise=False), raw, atol=1e-5)
-    assert torch.allclose(again.score(clips(qwen, "a", "b"), ["p", "q"]), (raw - again.mean) / again.std, atol=1e-4)
-
+    memory = reward.VideoReward.from_base(args.model, args.reward_token).trainable()
+    before, saved = memory.state_dict(), weights(tmp_path / "run/reward.safetensors")
+    moved, heads = {k for k in before if not torch.equal(before[k], saved[k])}, {"rm_head.weight"}
+    heads |= {"rows"} if special else set()
+    assert moved == {k for k in before if "lora" in k or "visual" in k} | heads
+    assert saved.keys() == before.keys()
+    assert before["rows"].shape == (3 if special else 0, 32)
+    memory.eval().load_state_dict(saved)
+    again, raw = reward.load_reward(tmp_path / "run"), raw_scores(qwen, memory)
+    assert torch.allclose(raw_scores(qwen, again), raw, atol=1e-5)
+    scores = raw_scores(qwen, again, normalise=True)
+    assert torch.allclose(scores, (raw - again.mean) / again.std, atol=1e-4)
 
 def test_a_step_in_parts_is_a_step_in_one(qwen, tmp_path):
-    for name, parts in (("one", 1), ("two", 2)):
-        train_reward.main(train_reward.Args(model=str(qwen[0] / "base"), pairs=prefs(qwen, "prefs.csv"), steps=1, batch=2, accumulate=parts, lr=1e-3,
-                                            out=str(tmp_path / name)))
-    one, two = (json.loads((tmp_path / name / "log.jsonl").read_text()) for name in ("one", "two"))
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-4) and one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
-
+    for parts in ("1", "2"):
+        train_reward.main(qwen_args(qwen, tmp_path / parts, steps=1, accumulate=int(parts)))
+    one, two = (data.read_log(tmp_path / parts)[-1] for parts in ("1", "2"))
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
 
 def test_the_benchmark_counts_what_is_labelled_and_writes_every_pair(qwen, tmp_path, capsys):
-    args = train_reward.Args(eval=str(qwen[0] / "released"), template=str(qwen[0] / "prompt_template.py"), pairs=prefs(qwen, "prefs.csv"),
-                             cache=str(tmp_path), out=str(tmp_path / "eval"))
-    result = train_reward.main(args)
-    own = released(qwen)
-    better = own.score(clips(qwen, "a", "b"), ["", ""])[:, 0]
-    assert result["reward"]["VQ"]["without"] == float(better[0] > better[1]) and set(result["reward"]) == {*DIMS}
-    assert np.isnan(result["reward"]["MQ"]["without"]) and result["reward"]["MQ"]["with"] == 1.0        # its one label is a tie
-    assert len((tmp_path / "scores.jsonl").read_text().split()) > 0 and "| the paper's, VideoGen-RewardBench | 75.7 / 59.7 |" in capsys.readouterr().out
-    rows = list(csv.DictReader(open(tmp_path / "eval" / "pairs.csv")))
-    assert len(rows) == 8 and rows[0]["VQ"] == "B" and rows[0]["MQ"] == "" and float(rows[1]["score_A_VQ"]) == pytest.approx(better[0].item(), abs=1e-3)
-    (qwen[0] / "genai.csv").write_text("prompt,left_model,left_video,right_model,right_video,vote_type\nprompt 1,x,a.mp4,y,b.mp4,leftvote\n")
-    result = train_reward.main(replace(args, pairs=str(qwen[0] / "genai.csv")))
-    assert set(result["reward"]) == set(result["TA alone"]) == {"Overall"} and "| 72.9 / 49.4 |" in capsys.readouterr().out
-
+    root = qwen[0]
+    args = train_reward.Args(eval=f"{root}/released", template=f"{root}/prompt_template.py",
+                             pairs=prefs(qwen), cache=str(tmp_path), out=f"{tmp_path}/eval")
+    found = train_reward.main(args)["reward"]
+    better = raw_scores(qwen, released_reward(qwen), normalise=True)[:, 0]
+    assert set(found) == {*DIMS} and found["VQ"]["without"] == float(better[0] > better[1])
+    assert math.isnan(found["MQ"]["without"]) and found["MQ"]["with"] == 1.0    # its one label is a tie
+    assert (tmp_path / "scores.jsonl").stat().st_size > 0
+    assert "| the paper's, VideoGen-RewardBench | 75.7 / 59.7 |" in capsys.readouterr().out
+    rows = list(csv.DictReader(open(tmp_path / "eval/pairs.csv")))
+    assert len(rows) == 8 and rows[0]["VQ"] == "B" and rows[0]["MQ"] == ""
+    assert float(rows[1]["score_A_VQ"]) == pytest.approx(better[0].item(), abs=1e-3)
+    (root / "genai.csv").write_text("prompt,left_video,right_video,vote_type\np,a.mp4,b.mp4,leftvote\n")
+    result = train_reward.main(replace(args, pairs=f"{root}/genai.csv"))
+    assert set(result["reward"]) == set(result["TA alone"]) == {"Overall"}
+    assert "| 72.9 / 49.4 |" in capsys.readouterr().out
 
 def test_the_command_line_scores_videos_and_says_that_negative_is_normal(qwen, capsys):
-    own, videos = released(qwen), [str(v) for v in clips(qwen, "a", "b")]
-    args = reward.Args(video=videos, prompt="a cat", ckpt=str(qwen[0] / "released"), template=str(qwen[0] / "prompt_template.py"))
-    assert torch.allclose(reward.main(args), own.score(videos, ["a cat"] * 2)) and "negative is normal" in capsys.readouterr().out
-    own.mean.fill_(float("nan"))
-    assert torch.equal(own.score(videos, ["a cat"] * 2), own.score(videos, ["a cat"] * 2, normalise=False))
-    own.score(videos[:1], ["a cat"])
+    own, videos = released_reward(qwen), clips(qwen, "a", "b")
+    args = reward.Args(video=videos, prompt="a cat", ckpt=f"{qwen[0]}/released",
+                       template=f"{qwen[0]}/prompt_template.py")
+    assert torch.allclose(reward.main(args), own.score(videos, ["a cat"] * 2))
+    assert "negative is normal" in capsys.readouterr().out
+    own.mean.fill_(NAN)
+    for _ in range(2):                                                          # said once, scored twice
+        assert torch.equal(raw_scores(qwen, own, normalise=True), raw_scores(qwen, own))
     assert capsys.readouterr().out.count("no normalisation constants") == 1
 
-
-BAD_QWEN = [
-    (reward, "--video {clip} --prompt p --ckpt {released}", "KwaiVGI/VideoAlign"),
-    (reward, "--video {clip} --prompt p --ckpt {released} --template {base}/config.json", "must set DETAILED_PROMPT"),
-    (reward, "--video {clip} --ckpt {released}", "--prompt"),
-    (reward, "--video {clip} --prompt p --ckpt nobody/nothing", "does not exist"),
-    (reward, "--video {clip} --prompt p --ckpt {base}", "finished run"),
-    (reward, "--video {clip} --prompt p --ckpt {released} --template {template} --base {root}/released", "is not a Qwen2-VL"),
-    (reward, "--video {clip} --prompt p --ckpt {odd} --template {template}", "only sample_type = 'uniform' is known, not 'multi_pts'"),
-    (reward, "--video {clip} --prompt p --ckpt {cut} --template {template}", "model.pth cannot be read"),
-    (reward, "--video {clip} --prompt p --ckpt {short} --template {template}", "does not fit the model: missing"),
-    (reward, "--video {clip} --prompt p --ckpt {evil} --template {template}", "model.pth cannot be read"),
-    (train_reward, "--model {base}", "with --pairs"),
-    (train_reward, "--pairs {prefs}", "--model"),
-    (train_reward, "--model {base} --pairs {prefs} --noisy", "on latents"),
-    (train_reward, "--model {base} --pairs {plain} --loss regression", "MOS_A_VQ"),
-    (train_reward, "--model {base} --pairs {broken}", "text.mp4 cannot be read as a video"),
-    (train_reward, "--eval {released} --template {template}", "with --pairs"),
-    (train_reward, "--eval {released} --pairs {prefs}", "KwaiVGI/VideoAlign"),
-    (train_reward, "--eval nobody/nothing --pairs {prefs}", "does not exist"),
-]
-
-
-@pytest.mark.parametrize("script, argv, says", BAD_QWEN, ids=[f"{s.__name__} {a}" for s, a, _ in BAD_QWEN])
-def test_bad_input_of_a_video_reward_ends_in_one_line_and_status_2(script, argv, says, qwen, tmp_path, capsys):
-    root, truth = qwen
-    names = dict(root=root, base=root / "base", released=root / "released", clip=root / "a.mp4", template=root / "prompt_template.py",
-                 prefs=prefs(qwen, "prefs.csv"), plain=prefs(qwen, "plain.csv", mos=False), broken=root / "broken.csv")
-    (root / "text.mp4").write_text("no video")
-    (root / "broken.csv").write_text("path_A,path_B,prompt,VQ\na.mp4,text.mp4,p,A\n")
-    for name in ("odd", "cut", "short", "evil"):
-        names[name] = shutil.copytree(root / "released", tmp_path / name)
-        file = tmp_path / name / "checkpoint-30" / "model.pth"
-        if name == "odd":
-            config = tmp_path / name / "model_config.json"
-            config.write_text(config.read_text().replace("uniform", "multi_pts"))
-        elif name == "cut":
-            file.write_bytes(file.read_bytes()[:1000])
-        else:
-            torch.save({} if name == "short" else {"x": Path("a class that no tensor file needs")}, file)
-    with pytest.raises(SystemExit) as stop:
-        data.launch(script.main, script.Args, script.__doc__, shlex.split(argv.format(**names)) + ["--out", str(tmp_path / "run")] * (script is train_reward))
-    said = re.sub(r"[^\n]*\r", "", capsys.readouterr().err).strip().splitlines()
-    assert stop.value.code == 2 and len(said) == 1 and said[0].startswith("error:") and says in said[0], said
-
-
-def test_importing_reward_needs_neither_transformers_nor_av():
-    code = "import sys, reward; assert not {'transformers', 'av', 'huggingface_hub'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
-
-
-# ---- scripts ----
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A tiny base and a tiny reward, made by the scripts themselves."""
-    root, toy = tmp_path_factory.mktemp("runs"), PRESETS["toy"]
-    PRESETS["toy"] = TINY
-    try:
-        base = train_align.main(train_align.Args(loss="pretrain", steps=50, batch=8, warmup=5, eval_n=18, eval_steps=2, out=str(root / "base")))
-    finally:
-        PRESETS["toy"] = toy
-    first, last = ends(root / "base")
-    assert last < 0.8 * first and set(base["oracle"]) == set(DIMS)
-    for name, extra in (("reward", {}), ("noisy", {"noisy": True, "shared_noise": False})):
-        result = train_reward.main(train_reward.Args(model=str(root / "base"), depth=1, n_pairs=32, steps=80, batch=16, lr=3e-3, n_eval=60,
-                                                     out=str(root / name), **extra))
-        first, last = ends(root / name)
-        assert last < first and 0 <= result["by_t"]["0.0"]["VQ"]["with"] <= 1 and len(result["by_t"]) == (5 if name == "noisy" else 1)
-    return root
-
-
-def ends(run):
-    """The first and the last loss in a run's log."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return lines[0]["loss"], lines[-1]["loss"]
-
-
-def align_args(runs, out, **changes):
-    return train_align.Args(**{**dict(model=str(runs / "base"), reward=str(runs / "reward"), n_pairs=24, steps=20, batch=8, lr=3e-3, lora_rank=4,
-                                      eval_n=18, eval_steps=2, out=str(runs / out)), **changes})
-
+# ---- runs ----
+# A run is its command: it says how it goes, may be cut anywhere, and gives the same numbers all the same.
 
 @pytest.mark.parametrize("name, changes", [
-    ("dpo", {}), ("dpo_full", dict(lora_rank=0, lr=3e-4)), ("dpo_ta", dict(dim_w=(0.0, 0.0, 1.0), labels="oracle", beta_schedule="(1-t)^2")),
-    ("sft", dict(loss="sft", labels="human", lora_rank=0, steps=40)), ("rwr", dict(loss="rwr", lora_rank=0, steps=40))])
+    ("dpo", {}), ("dpo_full", dict(lora_rank=0, lr=3e-4)),
+    ("dpo_ta", dict(dim_w=(0.0, 0.0, 1.0), labels="oracle", beta_schedule="(1-t)^2")),
+    ("sft", dict(loss="sft", labels="human", lora_rank=0, steps=40)),
+    ("rwr", dict(loss="rwr", lora_rank=0, steps=40))])
 def test_each_objective_trains_and_its_loss_falls(runs, name, changes):
-    result = train_align.main(align_args(runs, name, **changes))
-    assert set(result["win_rate"]) == {*DIMS, "Overall"} and json.loads((runs / name / "eval.json").read_text()) == result
-    first, last = ends(runs / name)
-    assert last < first
-    events = [json.loads(line) for line in (runs / name / "log.jsonl").read_text().splitlines()]
-    assert len(events[0]["loss_by_t"]) == 10
+    run, result = runs / name, align(runs, runs / name, **changes)
+    assert set(result["win_rate"]) == {*DIMS, "Overall"} and read(run / "eval.json") == result
+    events, config = data.read_log(run), read(run / "config.json")
+    assert events[-1]["loss"] < events[0]["loss"] and len(events[0]["loss_by_t"]) == 10
     if "dpo" in name:
-        assert {"implicit_acc", "margin", "gap_w", "gap_l"} <= set(events[0]) and events[-1]["implicit_acc"] > 0.5
-    config = json.loads((runs / name / "config.json").read_text())
+        assert {"margin", "gap_w", "gap_l"} <= events[0].keys() and events[-1]["implicit_acc"] > 0.5
     again = data.parse_args(train_align.Args, "", shlex.split(config["command"])[2:])
     train_align.check(again, data.Shapes())
     assert json.loads(json.dumps(vars(again))) == config["args"]
-    assert {p.name for p in (runs / name).iterdir()} >= {"config.json", "log.jsonl", "eval.json", "samples.png"}
-    assert sample.load_model(runs / name)(*random_batch()).isfinite().all()
+    assert (run / "samples.png").exists() and sample.load_model(run)(*random_batch()).isfinite().all()
 
+def test_pretraining_and_rewards_learn_and_say_how_well(runs):
+    for name, most in (("base", 0.8), ("reward", 1), ("noisy", 1)):
+        events = data.read_log(runs / name)
+        assert events[-1]["loss"] < most * events[0]["loss"]
+    assert set(read(runs / "base/eval.json")["oracle"]) == set(DIMS)
+    for name, times in (("reward", 1), ("noisy", 5)):
+        by_t = read(runs / name / "eval.json")["by_t"]
+        assert len(by_t) == times and 0 <= by_t["0.0"]["VQ"]["with"] <= 1
 
-def test_rwr_accumulated_over_micro_batches_is_rwr_in_one(runs):
-    for name, parts in (("one", 1), ("four", 4)):
-        train_align.main(align_args(runs, name, loss="rwr", steps=2, batch=4, accumulate=parts, eval_n=2))
-    one, four = (model_file.read_tensors(runs / name / "lora.safetensors")[0] for name in ("one", "four"))
-    assert all(torch.allclose(one[k], four[k], atol=1e-5) for k in one)
-
-
-def torchrun(folder, runs):
-    """Align with each of these arguments in two processes, all in one torchrun: starting it is most of the time."""
-    (folder / "two.py").write_text("import sys, train_align as t\nfor args in eval(sys.argv[1], vars(t)):\n    t.main(args)\n")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    folder / "two.py", repr(runs)], env=os.environ | {"PYTHONPATH": str(HERE)}, check=True, capture_output=True)
-
+def test_rwr_accumulated_over_micro_batches_is_rwr_in_one(runs, tmp_path):
+    for parts in (1, 4):
+        align(runs, tmp_path / str(parts), loss="rwr", steps=2, batch=4, accumulate=parts)
+    assert_near(*(weights(tmp_path / parts / "lora.safetensors") for parts in ("1", "4")), 1e-5)
 
 def test_two_processes_give_the_losses_and_videos_of_one(runs, tmp_path):
     methods = {"dpo": {}, "rwr": dict(loss="rwr", accumulate=2)}
-    one, two = ([align_args(runs, f"{name}_ranks{n}", steps=2, eval_n=5, **changes) for name, changes in methods.items()] for n in (1, 2))
+    one, two = ([align_args(runs, tmp_path / f"{name}{n}", steps=2, **changes)
+                 for name, changes in methods.items()] for n in (1, 2))
     for args in one:
         train_align.main(args)
     torchrun(tmp_path, two)
-    for args in zip(one, two):
-        logs = [json.loads((Path(a.out) / "log.jsonl").read_text()) for a in args]
-        assert all(np.isclose(logs[0][k], logs[1][k], rtol=1e-4) for k in ("loss", "grad_norm"))
-        for file, near in (("lora.safetensors", 1e-5), ("samples.safetensors", 1)):     # weights; pixels of 256 levels
-            a, b = (model_file.read_tensors(Path(a.out) / file)[0] for a in args)
-            assert a.keys() == b.keys() and all((a[k].float() - b[k].float()).abs().max() <= near for k in a)
-
-
-def test_human_labels_decide_by_sign_and_drop_ties():
-    pairs = data.toy_pairs(60, "train", 0)
-    args = train_align.Args(labels="human", dim_w=(0.0, 1.0, 0.0))
-    ordered, rows, r = train_align.label(args, data.Shapes(), pairs, "cpu")
-    assert r is None and torch.equal(rows, (pairs.label[:, 1] != 0).nonzero()[:, 0])
-    b_wins = (pairs.label[:, 1] < 0).long()
-    assert (ordered.label[rows, 1] == 1).all()
-    assert all(torch.equal(ordered.videos[i, 0], pairs.videos[i, b_wins[i]]) for i in rows)
-    args.labels = "oracle"
-    ordered, rows, r = train_align.label(args, data.Shapes(), pairs, "cpu")
-    assert len(rows) == 60 and (r[:, 0] >= r[:, 1]).all()
-
-
-def test_on_policy_pairs_are_the_best_and_worst_of_the_models_own_videos_round_after_round(runs):
-    sample.main(sample.Args(ckpt=str(runs / "base"), prompts="train", n_per_prompt=4, steps=2, cfg=1.0, reward="oracle", out=str(runs / "own")))
-    pairs = data.Shapes().encode(data.read_pairs(runs / "own/pairs.csv"), train_align.Args())
-    assert pairs.prompts == data.prompts_of("train")
-    prompts = [p for p in pairs.prompts for _ in range(4)]
-    own = sample.toy_videos(sample.load_model(runs / "base"), prompts, 0, 2)
-    r = data.overall(normalised(oracle(own, prompts))).view(-1, 4)
-    own = to_uint8(own).view(-1, 4, *own.shape[1:])
-    for i in range(len(pairs)):
-        assert (pairs.videos[i].float() - own[i, [r[i].argmax(), r[i].argmin()]].float()).abs().mean() < 6
-    args = align_args(runs, "round1", pairs=str(runs / "own/pairs.csv"), labels=None, steps=4)
-    train_align.main(args)
-    again = replace(args, model=str(runs / "round1"), out=str(runs / "round2"))
-    result = train_align.main(again)
-    assert result["distance"] > 0
-    m, start = sample.load_model(runs / "round2"), sample.load_model(runs / "round1")
-    xt, t, text = torch.randn(2, 3, 8, 24, 24), torch.rand(2), torch.randn(2, 8, 32)
-    with lora_disabled(m):                                                      # the second round's start is the first's end
-        assert torch.allclose(m(xt, t, text), start(xt, t, text), atol=1e-5)
-    assert not torch.allclose(m(xt, t, text), start(xt, t, text), atol=1e-5)
-    assert sample.main(sample.Args(ckpt=str(runs / "round2"), cfg=1.0, steps=2, against=str(runs / "base"), eval=4, out=str(runs / "rounds")))["n"] == 4
-    with pytest.raises(UserError):                                              # a third in place of the first, which the second needs
-        train_align.main(replace(args, model=str(runs / "round2"), out=str(runs / "round1")))
-    train_align.main(replace(args, seed=1))                                     # another first: the second stands on nothing now
-    with pytest.raises(UserError, match="which is another model now"):
-        sample.load_model(runs / "round2")
-
+    for a, b in (map(Path, (a.out, b.out)) for a, b in zip(one, two)):
+        last, other = (data.read_log(run)[-1] for run in (a, b))
+        assert all(np.isclose(last[k], other[k], rtol=1e-4) for k in ("loss", "grad_norm"))
+        for file, atol in (("lora.safetensors", 1e-5), ("samples.safetensors", 1)):         # 1 level of 256
+            assert_near(weights(a / file), weights(b / file), atol)
 
 def test_the_distance_is_the_mean_squared_difference_of_velocities():
-    still = torch.nn.Linear(1, 1)
-    still.forward = lambda xt, t, text: xt
-    moved = torch.nn.Linear(1, 1)
-    moved.forward = lambda xt, t, text: xt + 3 * t.view(-1, 1, 1, 1, 1)
+    still, moved = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    still.forward, moved.forward = lambda x, t, text: x, lambda x, t, text: x + 3 * t.view(-1, 1, 1, 1, 1)
     videos, reference = torch.zeros(100, 3, 2, 2, 2), lambda: contextlib.nullcontext(still)
-    assert train_align.distance(still, reference, videos, PROMPTS * 2, 0) == 0
+    far = [train_align.distance(m, reference, videos, PROMPTS * 2, 0) for m in (still, moved)]
     t, _ = data.draw_noise((), 0, 2**31, list(range(100)))
-    assert train_align.distance(moved, reference, videos, PROMPTS * 2, 0) == pytest.approx(9 * t.square().mean().item(), rel=1e-5)
-
-
-def test_flawless_videos_close_the_whole_gap_and_the_start_none_of_it(capsys):
-    prompts, g = PROMPTS[:36], rng(0)
-    flawed = data.render_as(torch.arange(36) % 12, prompts, g).float()
-    clean = render(attributes(prompts), torch.zeros(36, len(DEFECTS)), g).float()
-    result = sample.evaluate(clean, flawed, prompts)
-    assert all(x == pytest.approx(1, abs=0.03) for x in result["gap_closed"].values())
-    assert set(sample.evaluate(flawed, flawed, prompts)["gap_closed"].values()) == {0.0}
-    half = torch.cat([clean[:18], flawed[18:]])
-    start, end, way = (result[name]["TA"] for name in ("oracle_start", "oracle_clean", "oracle"))
-    part = sample.evaluate(half, flawed, prompts)
-    assert part["gap_closed"]["TA"] == pytest.approx((part["oracle"]["TA"] - start) / (end - start), abs=1e-3) and way == pytest.approx(end, abs=0.01)
-    other = part | {"oracle": dict(VQ=0.1, MQ=0.2, TA=0.3), "oracle_start": dict(VQ=0.0, MQ=0.5, TA=1.0), "distance": 0.5,
-                    "gap_closed": dict(VQ=0.0, MQ=0.01, TA=0.5, Overall=-0.1)}
-    part |= {"oracle": dict(VQ=0.3, MQ=0.4, TA=0.5), "oracle_start": dict(VQ=0.2, MQ=0.5, TA=0.8), "oracle_clean": other["oracle_clean"],
-             "distance": 0.25, "gap_closed": dict(VQ=1.0, MQ=0.03, TA=0.3, Overall=-0.2)}
-    sample.print_scores({"half": [part, other], "alone": [other]})
-    said = capsys.readouterr().out.strip().splitlines()
-    assert said[2].replace("start of half", "start") == "| start | 0.10 ± 0.14 | 0.50 ± 0.00 | 0.90 ± 0.14 | | |"
-    assert said[3] == "| start of alone | 0.00 | 0.50 | 1.00 | | |"
-    assert said[4] == "| half | 0.20 ± 0.14 (50 ± 71) | 0.30 ± 0.14 (2 ± 1) | 0.40 ± 0.14 (40 ± 14) | (-15 ± 7) | 0.3750 ± 0.1768 |"
-    assert said[5] == "| alone | 0.10 (0) | 0.20 (1) | 0.30 (50) | (-10) | 0.5000 |"
-    sample.print_scores({"this": [part], "that": [part]})
-    said = capsys.readouterr().out.strip().splitlines()
-    assert said[2] == "| start | 0.20 | 0.50 | 0.80 | | |" and len(said) == 6
-    assert said[5] == "| flawless | " + " | ".join(f"{part['oracle_clean'][dim]:.2f}" for dim in DIMS) + " | | |"
-
-
-def test_score_differences_separate_ties_from_preferences():
-    label = torch.tensor([[0.0, 1.0, -1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [-1.0, 0.0, 0.0]])
-    gap = torch.tensor([[0.1, 0.1, 3.0], [0.3, 0.2, 1.0], [0.2, 0.3, 2.0], [0.4, 0.4, 1.0]])
-    found = train_reward.differences(label, gap)
-    assert [found[dim]["separation"] for dim in DIMS] == [0.75, 0.25, 1.0]
-    assert found["VQ"]["tied"] == [0.15, 0.2, 0.25] and found["TA"]["other"] == [2.25, 2.5, 2.75]
-
-
-def test_numbers_of_runs_are_drawn_and_a_wrong_name_ends_in_one_line(runs, capsys):
-    common = dict(ckpt=str(runs / "base"), steps=1, nrg=str(runs / "noisy"), eval=4)
-    for scale in (1.0, 30.0):
-        sample.main(sample.Args(**common, rg_scale=scale, out=str(runs / f"scale{scale:g}")))
-    args = sample.Compare(compare=[str(runs / "scale1"), str(runs / "scale30")], x="rg_scale", y=["win_rate/VQ", "oracle/VQ"], by=["steps"],
-                       out=str(runs / "drawn.png"))
-    results = {float(scale): json.loads((runs / f"scale{scale}/eval.json").read_text()) for scale in (1, 30)}
-    assert sample.compare(args) == {f"{y}, steps 1": {scale: [result[y.split("/")[0]]["VQ"]] for scale, result in results.items()}
-                                 for y in args.y}
-    assert (runs / "drawn.png").read_bytes()[:4] == b"\x89PNG"
-    sample.compare(replace(args, by=[], out=str(runs / "one.png")))
-    (runs / "broken").mkdir()
-    (runs / "broken/config.json").write_text('{"args": {}}')
-    (runs / "broken/eval.json").write_text("{}")
-    capsys.readouterr()
-    for wrong, said in ((dict(y=["win_rate/XQ"]), "cannot be drawn: 'XQ'"), (dict(y=["win_rate"]), "cannot be drawn"),
-                        (dict(x="nrg"), "could not convert"), (dict(out=str(runs / "drawn")), "draws one .png"),
-                        (dict(x="", y=[], compare=[str(runs / "broken")]), "takes runs that have win rates"),
-                        (dict(out=str(runs / "gone" / "a.png")), "in a folder that exists")):
-        with pytest.raises(UserError) as e:
-            sample.compare(replace(args, **wrong))
-        assert said in str(e.value)
-    sample.compare(sample.Compare(compare=[str(runs / "reward"), str(runs / "noisy")]))
-    said = capsys.readouterr().out
-    assert re.search(r"ceiling.*\n\| reward \|.*\n\| noisy \|", said)
-    ties = json.loads((runs / "noisy/eval.json").read_text())["differences"]["TA"]
-    assert said.splitlines()[-1].endswith(f"{ties['tied'][1]:.2f} / {ties['other'][1]:.2f} ({100 * ties['separation']:.0f}) |")
-
-
-def test_sample_writes_videos_guides_evaluates_and_compares(runs):
-    common = dict(ckpt=str(runs / "base"), steps=3)
-    sample.main(sample.Args(**common, prompt=["a red circle moving left"], n_per_prompt=2, cfg=2.0, nrg=str(runs / "noisy"), out=str(runs / "videos")))
-    frames, _ = data.read_video(runs / "videos" / "001.mp4")
-    assert frames.shape == (8, 192, 192, 3)
-    result = sample.main(sample.Args(**common, nrg=str(runs / "noisy"), eval=18, dim_w=(0.0, 0.0, 1.0), out=str(runs / "nrg")))
-    assert result["n"] == 18
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        sample.compare(sample.Compare(compare=[str(runs / "nrg"), str(runs / "nrg")]))
-    assert printed.getvalue().count("| nrg | oracle |") == 1 and (runs / "compare.png").exists()
-    assert printed.getvalue().count(" ± 0.0 |") == 4 and "| 2 x 18 |" in printed.getvalue()    # one run twice: one row
-    scores = reward.main(reward.Args(ckpt=str(runs / "reward"), video=[str(runs / "videos" / "000.mp4")], prompt="a red circle moving left"))
-    assert scores.shape == (1, 3)
-
-
-def test_without_git_a_run_has_no_commit(runs, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    run = data.Run(sample.Args(out=str(runs / "no_git")))
-    assert json.loads((run.folder / "config.json").read_text())["commit"] == ""
-
-
-def test_an_older_run_is_renamed_and_never_overwritten(runs):
-    args = sample.Args(ckpt=str(runs / "base"), steps=1, prompt=PROMPTS[:1], out=str(runs / "again"))
-    sample.main(args)
-    (runs / "again" / "mine.txt").write_text("keep")
-    sample.main(args)
-    assert (runs / "again.1" / "mine.txt").read_text() == "keep" and not (runs / "again" / "mine.txt").exists()
-
-
-def timeless_log(run):
-    """The events in a run's log without the clock."""
-    return [{k: v for k, v in event.items() if k not in ("time", "seconds")} for event in data.read_log(run)]
-
+    assert far == [0, pytest.approx(9 * t.square().mean().item(), rel=1e-5)]
 
 @pytest.mark.parametrize("name", ["dpo", "pretrain", "reward", "videos", "win rates"])
 def test_the_command_in_config_json_makes_the_same_files_again(name, runs, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "toy", TINY)
-    small, base = dict(out=str(tmp_path / "run"), steps=2), str(runs / "base")
+    small, drawn = dict(out=f"{tmp_path}/run", steps=2), dict(ckpt=f"{runs}/base", nrg=f"{runs}/noisy")
     script, args = {
-        "dpo": (train_align, replace(align_args(runs, "", n_pairs=8, batch=4, eval_n=2, eval_steps=1), **small)),
-        "pretrain": (train_align, train_align.Args(loss="pretrain", batch=2, eval_n=2, eval_steps=1, **small)),
-        "reward": (train_reward, train_reward.Args(model=base, depth=1, n_pairs=8, batch=4, n_eval=12, noisy=True, **small)),
-        "videos": (sample, sample.Args(ckpt=base, prompt=[PROMPTS[0], PROMPTS[5]], nrg=str(runs / "noisy"), **small)),
-        "win rates": (sample, sample.Args(ckpt=base, eval=4, nrg=str(runs / "noisy"), dim_w=(0.0, 0.5, 1.0), **small))}[name]
+        "dpo": (train_align, align_args(runs, n_pairs=8, batch=4, **small)),
+        "pretrain": (train_align, align_args(runs, loss=name, batch=2, lora_rank=None, **small)),
+        "reward": (train_reward, reward_args(runs, n_pairs=8, batch=4, n_eval=12, noisy=True, **small)),
+        "videos": (sample, sample.Args(prompt=PROMPTS[:9:5], **drawn, **small)),
+        "win rates": (sample, sample.Args(eval=4, dim_w=(0.0, 0.5, 1.0), **drawn, **small))}[name]
     script.main(args)
-    command = json.loads((tmp_path / "run/config.json").read_text())["command"]
-    data.launch(script.main, script.Args, script.__doc__, shlex.split(command)[2:])
-    first, again = ({f.relative_to(tmp_path / run): f for f in sorted((tmp_path / run).rglob("*")) if f.is_file()} for run in ("run.1", "run"))
-    assert first.keys() == again.keys() and len(first) > 2
-    for name in first.keys() - {Path("log.jsonl")}:                             # which has the clock in it
-        assert first[name].read_bytes() == again[name].read_bytes(), name
+    (tmp_path / "run/mine.txt").write_text("an older run is renamed and never overwritten")
+    command = shlex.split(read(tmp_path / "run/config.json")["command"])
+    data.launch(script.main, script.Args, script.__doc__, command[2:])
+    first, again = ({f.relative_to(run): f.read_bytes() for f in run.rglob("*") if f.is_file()}
+                    for run in (tmp_path / "run.1", tmp_path / "run"))
+    assert first.pop(Path("mine.txt")) and len(first) > 2 and first.keys() == again.keys()
     assert timeless_log(tmp_path / "run.1") == timeless_log(tmp_path / "run")
+    assert all(first[name] == again[name] for name in first if name.name != "log.jsonl")  # the clock is in it
 
+def test_without_git_a_run_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert read(data.Run(sample.Args(out=f"{tmp_path}/run")).folder / "config.json")["commit"] == ""
 
-BAD = [
-    (train_align, "--lss dpo", "did you mean --loss"),
-    (train_align, "--loss ppo", "choose from"),
-    (train_align, "--steps many", "not a whole number above 0"),
-    (train_align, "--dim_w 1,1", "is not 3 numbers"),
-    (train_align, "--loss rwr --labels human", "use --labels reward"),
-    (train_align, "--model runs/nowhere", "does not exist"),
-    (train_align, "--model {empty}", "is the run finished"),
-    (train_align, "--out {file}/run", "is a file"),
-    (train_align, "--model {other}", "does not fit the model"),
-    (train_align, "--model {cut}", "cannot be read as safetensors"),
-    (train_align, "--model {world}", "another Shapes world"),
-    (train_reward, "--tie 1", "above 1"),
-    (train_reward, "--depth 99", "blocks"),
-    (train_reward, "--model runs/nowhere", "does not exist"),
-    (sample, "", "one thing at a time"),
-    (sample, "--eval 4 --prompt p", "one thing at a time"),
-    (sample, "--eval 4 --x beta", "unknown argument --x"),
-    (sample, "--eval 4 --split test", "invalid choice"),
-    (train_align, "--lora_rank 0 --dtype bf16", "too coarse"),
-    (train_align, "--loss pretrain --lora_rank 4", "trains all weights"),
-    (sample, "--prompt 'a dog'", "not a prompt of Shapes world"),
-    (sample, "--ckpt runs/nowhere --eval 4", "does not exist"),
-    (sample, "--model {cut} --eval 4", "cannot be read as safetensors"),
-    (sample, "--compare {empty}", "config.json cannot be read as JSON"),
-    (sample, "--prompt 'a red circle moving left' --reward assets/reward", "add --against base or --n_per_prompt 4"),
-    (sample, "--eval 4 --against base", "this model has none"),
-    (sample, "--compare {wins}", "takes runs that have win rates"),
-    (sample, "--prompts gone.csv", "gone.csv"),
-    (sample, "--prompts {blank}", "row 3 has no prompt"),
-    (train_align, "--steps 0", "above 0"),
-    (train_reward, "--save_every 0", "above 0"),
-    (sample, "--prompt p --n_per_prompt 0", "above 0"),
-    (train_align, "--model {other} --out {other}", "is the model itself"),
-    (sample, "--model {other} --out {other} --eval 4", "is the model itself"),
-    (sample, "--eval 4 --size 30,30", "are for Wan"),
-    (sample, "--eval -1", "not a whole number above 0"),
-    (train_align, "--seed -1", "is not 0 or"),
-    (train_align, "--lora_rank -1", "give 0 or more"),
-    (train_align, "--loss rwr --tau 0", "--tau more than 0"),
-    (train_align, "--model {pickle}", "cannot be read as safetensors"),
-    (train_align, "--model {layers}", "num_layers = 0 is not a valid size"),
-    (train_align, "--resume --out {broken}", "config.json cannot be read as JSON"),
-    (train_align, "--pairs gone.csv", "gone.csv"),
-    (train_reward, "--label_noise 0", "above 0"),
-    (train_align, "--pairs {file}", "holds no pairs"),
-    (train_align, "--pairs {blank}", "understood are"),
-    (train_align, "--pairs pairs.parquet", "python -c"),
-    (reward, "--video {file} --prompt 'a red circle moving left'", "cannot be read as a video"),
-]
+def test_every_command_of_the_pages_parses():
+    scripts = {f"{m.__name__}.py": m for m in (train_align, train_reward, sample, reward)}
+    commands = page_commands()
+    assert len(commands) >= 30
+    documented = [line.strip().split("    ")[0] for m in scripts.values() for line in m.__doc__.splitlines()]
+    for script, *words in commands + [shlex.split(line)[1:] for line in documented if line[:7] == "python "]:
+        assert (HERE / script).exists(), script
+        if script in scripts:
+            data.parse_args(entry(scripts[script], words)[1], scripts[script].__doc__, words)
 
-
-class Executed:
-    """Unpickled, it makes the file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("script, argv, says", BAD, ids=[f"{s.__name__} {a}" for s, a, _ in BAD])
-def test_bad_input_ends_in_one_line_and_status_2(script, argv, says, tmp_path, runs, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("text")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/config.json").write_text('{"args": ')
-    (tmp_path / "wins").mkdir()
-    (tmp_path / "wins/config.json").write_text('{"args": {}}')
-    (tmp_path / "wins/eval.json").write_text("{}")
-    (tmp_path / "broken/eval.json").write_text("{}")
-    (tmp_path / "twice").write_text(f"prompt\n{PROMPTS[0]}\n{PROMPTS[0]}\n")
-    (tmp_path / "blank").write_text(f"prompt,x\n{PROMPTS[0]},1\n ,2\n")
-    for name in ("other", "cut", "world", "pickle", "layers"):
-        shutil.copytree(runs / "base", tmp_path / name)
-        file = tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors"
-        tensors, metadata = model_file.read_tensors(file)
-        if name == "other":
-            tensors["proj_out.bias"] = torch.zeros(7)
-        if name == "world":
-            metadata["world"] = "0"
-        model_file.save_tensors({k: v.clone() for k, v in tensors.items()}, file, metadata)
-        if name == "cut":
-            file.write_bytes(file.read_bytes()[:1000])
-        if name == "pickle":
-            torch.save({"x": Executed(tmp_path / "executed")}, file)
-        if name == "layers":
-            config = file.with_name("config.json")
-            config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 0'))
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        folders = {path.name: path for path in tmp_path.iterdir()} | {"reward": runs / "reward"}
-        compares = "--compare" in argv
-        data.launch(*((sample.compare, sample.Compare) if compares else (script.main, script.Args)), script.__doc__, shlex.split(argv.format(**folders)))
-    said = re.sub(r"[^\n]*\r", "", capsys.readouterr().err).strip().splitlines()
-    assert stop.value.code == 2 and says in said[-1] and said[-1].startswith("error:") and len(said) == 1, said
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-# ---- a run one can trust: diagnosis ----
-
-HEALTHY = [dict(step=10 * i, loss=0.693 - 0.02 * i, logit=0.05 * i, grad_factor=0.5 - 0.02 * i, margin=0.0003 * i, gap_w=0.0008 * i,
-                gap_l=0.0011 * i, err_ref_w=0.036) for i in range(1, 11)]
-
+HEALTHY = [dict(step=10 * i, loss=0.693 - 0.02 * i, logit=0.05 * i, grad_factor=0.5 - 0.02 * i,
+                margin=0.0003 * i, gap_w=0.0008 * i, gap_l=0.0011 * i, err_ref_w=0.036) for i in range(1, 11)]
 
 @pytest.mark.parametrize("changes, says", [
     (dict(logit=0.001), "the loss is still log 2, with logits of 0.0010"),
     (dict(grad_factor=0.004), "saturated: the gradient has 0.40% of its strength left"),
-    (dict(gap_w=0.02, gap_l=0.03), "a worse loser alone: the winner's error is 0.0200 above the reference's 0.0360"),
-    (dict(gap_w=0.08, margin=-0.01), "errors explode"), (dict(loss=1.5), "the loss has doubled, to 1.50"), ({}, None)])
+    (dict(gap_w=0.02, gap_l=0.03),
+     "a worse loser alone: the winner's error is 0.0200 above the reference's 0.0360"),
+    (dict(gap_w=0.08, margin=-0.01), "errors explode"),
+    (dict(loss=1.5), "the loss has doubled, to 1.50"), ({}, None)])
 def test_the_doctor_names_each_disease_once_and_is_silent_on_health(changes, says):
     events = [HEALTHY[0]] + [e | changes for e in HEALTHY[1:]]
     said = [verdict for i in range(1, 11) for verdict in train_align.diagnose(events[:i])]
     assert len(said) == bool(says) and all(says in verdict for verdict in said), said
 
-
-def test_the_doctor_reads_logit_and_gradient_factor_off_the_loss():
-    logit = torch.tensor([-3.0, 0.0, 0.5, 20.0, 1000.0])
-    names = ("t", "loss", "gap_w", "gap_l", "err_ref_w", "logit")
-    stats = torch.stack([torch.rand(5), -torch.nn.functional.logsigmoid(logit), *torch.rand(3, 5), logit], dim=1)
-    for i in range(4):
-        event = train_align.summary(names, stats[i:i + 1])
-        assert event["logit"] == pytest.approx(abs(logit[i].item()), abs=1e-4)
-        assert event["grad_factor"] == pytest.approx(torch.sigmoid(-logit[i]).item(), rel=1e-3)
-    assert np.isfinite(train_align.summary(names, stats)["logit"])                     # a loss of exactly 0
+def test_the_log_tells_the_logit_and_its_gradient_factor_and_beta_in_others_units():
+    logit = tensor([-3.0, 0.0, 0.5, 20.0, 1000.0])
+    loss = -torch.nn.functional.logsigmoid(logit)
+    seen = torch.stack([torch.rand(5), loss, *torch.rand(3, 5), logit], dim=1)
+    for row in seen:
+        event = train_align.summary(("t", "loss", "gap_w", "gap_l", "err_ref_w", "logit"), row[None])
+        assert event["logit"] == pytest.approx(abs(row[-1].item()), abs=1e-4)
+        assert event["grad_factor"] == pytest.approx(torch.sigmoid(-row[-1]).item(), rel=1e-3)
+    assert re.search("250 .* 0.0362 .* 13,824 numbers, 0.0181 ", train_align.beta_elsewhere(500.0, 13824))
     sft = [dict(step=10 * i, loss=loss) for i, loss in enumerate((0.04, 0.05, 0.09), 1)]
     assert not train_align.diagnose(sft[:2]) and "explode" in train_align.diagnose(sft)[0]
-    assert re.search("250 .* 0.0362 .* 13,824 numbers, 0.0181 ", train_align.beta_elsewhere(500.0, 13824))
 
+@pytest.mark.parametrize("name", ["dpo", "pretrain", "reward"])
+def test_a_killed_run_resumes_to_the_same_bits(name, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "toy", TINY)
+    small = dict(n_pairs=16, steps=9, batch=4, save_every=2, accumulate=2)
+    script, args = {
+        "dpo": (train_align, align_args(runs, **small)),
+        "pretrain": (train_align, align_args(runs, loss=name, lora_rank=None, warmup=2, **small)),
+        "reward": (train_reward, reward_args(runs, n_eval=12, **small))}[name]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    script.main(replace(args, out=str(whole)))
+    main_killed(script, replace(args, out=str(cut)), 7, monkeypatch)
+    assert [f.name[:13] for f in sorted(cut.glob("state-*"))] == ["state-0000004", "state-0000006"]
+    newest = max(cut.glob("state-*"))
+    newest.write_bytes(newest.read_bytes()[:-100])                              # as a power cut leaves them
+    (cut / "state.tmp").write_bytes(b"half a state")
+    with open(cut / "log.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    capsys.readouterr()
+    script.main(replace(args, out=str(cut), resume=True))
+    said = capsys.readouterr().out
+    assert f"{newest} is damaged: going back" in said and "going on after step 4" in said
+    files = [sorted(f.relative_to(run) for f in run.rglob("*.safetensors")) for run in (whole, cut)]
+    assert files[0] == files[1] and files[0]
+    for file in files[0]:
+        assert_near(weights(whole / file), weights(cut / file), 0)
+    assert read(whole / "eval.json") == read(cut / "eval.json") and timeless_log(whole) == timeless_log(cut)
 
-def test_a_hacked_reward_is_named_and_a_good_run_is_not():
+def test_resume_starts_anew_without_a_state_and_refuses_other_arguments(runs, tmp_path, capsys, monkeypatch):
+    args = align_args(runs, tmp_path / "run", n_pairs=8, steps=3, batch=4)
+    main_killed(train_align, replace(args), 1, monkeypatch)
+    train_align.main(replace(args, resume=True))
+    assert "holds no whole state: starting at step 0" in capsys.readouterr().out
+    with refusing(r"made by another command \(--lr was 0.003, not 1.0\)"):
+        train_align.main(replace(args, resume=True, lr=1.0))
+
+def test_ctrl_c_saves_first_and_is_heard_again_afterwards(runs, tmp_path, monkeypatch, capsys):
+    args = align_args(runs, tmp_path / "run", n_pairs=8, steps=5, batch=4)
+    clip, before = train_align.clip_grad_norm_, signal.getsignal(signal.SIGINT)
+
+    def interrupted(*x):
+        signal.raise_signal(signal.SIGINT)
+        return clip(*x)
+    with monkeypatch.context() as patch, refusing("stopped after step 1: the same command with --resume"):
+        patch.setattr(train_align, "clip_grad_norm_", interrupted)
+        train_align.main(replace(args))
+    assert signal.getsignal(signal.SIGINT) is before
+    train_align.main(replace(args, resume=True))
+    assert "going on after step 1" in capsys.readouterr().out
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("script", [train_align, train_reward], ids=["align", "reward"])
+def test_numbers_gone_wrong_stop_the_run_and_are_named(script, what, runs, tmp_path, monkeypatch):
+    small = dict(n_pairs=16, steps=6, batch=4, out=f"{tmp_path}/run")
+    args = align_args(runs, **small) if script is train_align else reward_args(runs, noisy=True, **small)
+    clip, noise, norms = script.clip_grad_norm_, script.draw_noise, []
+
+    def draw(shape, seed, step, samples, **settings):
+        t, eps = noise(shape, seed, step, samples, **settings)
+        eps[samples.index(max(samples))] *= NAN if step == 3 and what == "loss" else 1
+        return t, eps
+
+    def norm(*x):
+        norms.append(clip(*x))
+        return norms[-1] * (math.inf if len(norms) == 4 and what == "gradient" else 1)
+    monkeypatch.setattr(script, "draw_noise", draw)
+    monkeypatch.setattr(script, "clip_grad_norm_", norm)
+    with refusing("^step 4: loss or gradient is not finite"):
+        script.main(args)
+    facts = json.loads((tmp_path / "run/broken.json").read_text(), parse_constant=pytest.fail)
+    assert facts["step"] == 4 and len(facts["rows"]) == len(facts["t"]) == 4
+    assert all(0 <= t < 1 for t in facts["t"])
+    assert facts["grad_norm"] == ("NaN" if what == "loss" else "Infinity")
+    if script is train_align:
+        broken = [i for i, loss in zip(facts["rows"], facts["loss"]) if loss == "NaN"]
+        assert broken == [max(facts["rows"])] * (what == "loss")
+    assert [f.name[:13] for f in (tmp_path / "run").glob("state-*")] == ["state-0000003"]
+
+@pytest.mark.parametrize("what", ["state", "weights", "reward", "videos", "cache"])
+def test_a_full_disk_ends_in_one_line(what, runs, tmp_path, capsys):
+    """Files may grow to 4000 bytes only, which stops writes as a full disk does."""
+    small = dict(out=f"{tmp_path}/run", steps=3)
+    script, args = {
+        "state": (train_align, align_args(runs, n_pairs=4, batch=2, save_every=1, **small)),
+        "weights": (train_align, align_args(runs, n_pairs=4, batch=2, save_every=9, **small)),
+        "reward": (train_reward, reward_args(runs, n_pairs=4, batch=2, n_eval=4, **small)),
+    }.get(what, (sample, sample.Args(ckpt=f"{runs}/base", prompt=PROMPTS[:1], **small)))
+
+    def save_latents(args):
+        data.save_cached(torch.zeros(9999), tmp_path / "x")
+    main = save_latents if what == "cache" else script.main
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            data.launch(main, script.Args, script.__doc__, shlex.split(data.command(args))[2:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(said) == 1 and re.search("written|too large", said[0]), said
+    assert not [f for f in tmp_path.rglob("*") if f.suffix in (".safetensors", ".pt")]
+
+def test_a_run_gives_ctrl_c_back_when_something_fails(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    run = data.Run(train_align.Args(out=f"{tmp_path}/run", save_every=9))
+    with pytest.raises(ZeroDivisionError):
+        for step in run.steps(3, model=torch.nn.Linear(1, 1)):
+            assert signal.getsignal(signal.SIGINT) != before
+            1 / step
+    assert signal.getsignal(signal.SIGINT) == before
+
+def test_a_rehearsal_tells_time_and_memory_decides_and_moves_nothing(wan, monkeypatch, capsys):
+    args = wan_args(wan, "rehearsed", cache=f"{wan}/nowhere")
+    world = data.world_of(args.model)
+    train_align.check(args, world)
+    m, reference = train_align.policy_and_reference(args, "cpu")
+    before, state = [p.clone() for p in m.parameters()], torch.get_rng_state()
+    for held, decoupled in ((1, False), (10**12, True)):                        # bytes, of 100 GB
+        args.decoupled, peaks = None, iter([0, held, held])
+        monkeypatch.setattr(train_align, "memory", lambda device: (next(peaks), 10**11))
+        train_align.rehearse(args, world, m, reference, 7, "cpu")
+        said = capsys.readouterr().out
+        assert re.search("s a micro-batch.*; 7 steps take about .* minutes and .* of 100 GB", said)
+        assert args.decoupled == decoupled == ("one video of a pair at a time" in said)
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(m.parameters(), before))
+    assert torch.equal(torch.get_rng_state(), state) and not Path(args.cache).exists()
+
+def test_a_loss_without_a_logit_is_logged_without_and_the_doctor_is_silent():
+    seen = tensor([[0.1, 9.0, 0.1, 0.3], [0.9, 8.0, 0.2, 0.1]])
+    event = train_align.summary(("t", "loss", "gap_w", "gap_l"), seen)
+    assert event["implicit_acc"] == 0.5 and event["margin"] == pytest.approx(0.05) and "logit" not in event
+    assert not train_align.diagnose([{"step": 10, **event}, {"step": 60, **event}])
+
+def test_the_doctor_judges_the_end_of_a_short_run_too():
+    flat = dict(loss=0.69, logit=0.001, grad_factor=0.5, margin=0.0, gap_w=0.0, gap_l=0.0, err_ref_w=0.04)
+    assert not train_align.diagnose([{"step": 8, **flat}]) and train_align.diagnose([{"step": 8, **flat}], 8)
+
+def test_what_changed_under_a_stopped_run_is_told_and_an_ended_run_can_be_made_longer(wan, tmp_path, capsys):
+    for name in ("pairs.csv", *(f"v/{x}.mp4" for x in "abcd")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(wan / name, tmp_path / name)
+    args = wan_args(wan, "", pairs=f"{tmp_path}/pairs.csv", steps=2, out=f"{tmp_path}/run")
+    train_align.main(replace(args))
+    capsys.readouterr()
+    train_align.main(replace(args, steps=4, resume=True))
+    assert "going on after step 2" in capsys.readouterr().out
+    train_align.main(replace(args, steps=4, out=f"{tmp_path}/whole"))
+    assert_near(*(weights(tmp_path / name / "lora.safetensors") for name in ("run", "whole")), 0)
+    text = (tmp_path / "pairs.csv").read_text()
+    (tmp_path / "pairs.csv").write_text(text.replace("a cat runs,A", "a cat runs,B"))
+    with refusing("pairs.csv has changed since"):
+        train_align.main(replace(args, steps=4, resume=True))
+    noisy = train_reward.Args(model=str(wan), pairs=f"{wan}/pairs.csv", noisy=True, depth=1, steps=1, batch=2,
+                              accumulate=2, cache=f"{wan}/cache", out=f"{tmp_path}/noisy", **CLIP)
+    train_reward.main(replace(noisy))
+    with refusing("--steps was 1, not 2"):                                   # its learning rate hangs on them
+        train_reward.main(replace(noisy, steps=2, resume=True))
+
+def test_averaged_weights_are_those_that_are_trained(runs, tmp_path):
+    for ema in (0.5, 0.0):
+        align(runs, tmp_path / str(ema), steps=3, ema=ema, save_every=1, eval_n=1, eval_steps=1)
+    a, b = (weights(tmp_path / x / "lora.safetensors") for x in ("0.5", "0.0"))
+    assert a.keys() == b.keys() and not any(torch.equal(a[k], b[k]) for k in a if "lora_B" in k)
+    state = torch.load(max((tmp_path / "0.5").glob("state-*")), weights_only=True)
+    assert len(state["average"]) == len(a) and len(state["model"]) == len(a)
+
+def test_one_rank_that_fails_ends_all_in_one_line(wan, tmp_path):
+    (tmp_path / "two.py").write_text(
+        "import data, train_align as t\nlabel = t.label\n"
+        "def fails(*args):\n    if data.RANK:\n        raise OSError('disk full')\n    return label(*args)\n"
+        "t.label = fails\ndata.launch(t.main, t.Args, '')\n")
+    words = shlex.split(data.command(wan_args(wan, "", steps=1, batch=2, out=f"{tmp_path}/run")))[2:]
+    out = subprocess.run([*TORCHRUN, tmp_path / "two.py", *words], env=os.environ | {"PYTHONPATH": str(HERE)},
+                         capture_output=True, text=True, timeout=60)
+    said = [line for line in out.stderr.splitlines() if line.startswith("error:")]
+    assert out.returncode and said == ["error: rank 1: disk full"]
+
+# ---- Wan ----
+# The same scripts on Wan 2.1: a tiny random pipeline of the real classes, which diffusers itself saved.
+
+def test_sampling_gives_the_latents_and_frames_of_diffusers_pipeline(wan):
+    pipe, prompts, world = pipeline(wan), ["a  cat &amp; dog", "a dog"], data.Wan(wan)
+    eps = torch.stack([torch.randn(16, 2, 4, 6, generator=rng("eval", 7, i)) for i in range(2)])
+    settings = dict(prompt=prompts, negative_prompt="sleeps", height=32, width=48, num_frames=5,
+                    num_inference_steps=3, guidance_scale=4.0, latents=eps)
+    latents = pipe(**settings, output_type="latent").frames
+    frames = pipe(**settings, output_type="pt").frames                          # (B, T, 3, H, W) in [0, 1]
+    pipe.scheduler.set_timesteps(3)
+    ours = sample.generate(
+        sample.load_model(wan), world, prompts, sample.embed_all(world, prompts, "sleeps"), 7,
+        pipe.scheduler.sigmas, (5, 32, 48), cfg_scale=4.0, negative="sleeps", batch=1)
+    x, videos = map(torch.stack, zip(*ours))
+    assert torch.allclose(x, latents, rtol=0, atol=1e-4)
+    assert torch.allclose((videos + 1) / 2, frames.transpose(1, 2), rtol=0, atol=1e-4)
+
+def test_latents_are_encoded_once_and_an_interrupted_encode_goes_on(wan, tmp_path, monkeypatch):
+    args, encoded, own = wan_args(wan, "", cache=str(tmp_path)), [], data.Wan.encode_video
+    monkeypatch.setattr(data.Wan, "encode_video", lambda world, x: encoded.append(1) or own(world, x))
+    world, again = data.Wan(wan), data.Wan(wan)
+    pairs = world.encode(data.read_pairs(wan / "pairs.csv"), args)
+    x0, text = world.latents(pairs, [0, 2, 1]), world.text(pairs, [0, 2])
+    assert len(encoded) == 4 and x0.shape == (3, 2, 16, 2, 4, 6) and text.shape == (2, 512, 24)
+    assert torch.equal(x0[0, 0], x0[1, 1]) and torch.equal(text[0], text[1])    # one video, one prompt, twice
+    pixels = data.read_clip(wan / "v/a.mp4", 5, (32, 48))
+    assert torch.equal(x0[0, 0], own(world, pixels[None])[0].bfloat16().float())
+    assert text[0].any(1).sum() == 4                                            # three words, the end, zeros
+    file = world.cached[pairs.videos[1][0]]
+    file.write_bytes(file.read_bytes()[:-8])                                    # as a full disk leaves it
+    again.encode(pairs, args)
+    assert len(encoded) == 5 and torch.equal(again.latents(pairs, [0, 2, 1]), x0)
+    again.encode(pairs, replace(args, frames=9))  # other settings, other latents
+    assert len(encoded) == 9
+
+def test_a_bad_video_is_named_with_its_row_and_left_out_on_request(wan, tmp_path, capsys):
+    shutil.copytree(wan / "v", tmp_path / "v")
+    shutil.copy(wan / "pairs.csv", tmp_path)
+    args, pairs = wan_args(wan, "", cache=f"{tmp_path}/cache"), data.read_pairs(tmp_path / "pairs.csv")
+    write_clips(tmp_path, ["v/b.mp4"], frames=1)
+    with refusing("row 2: .*b.mp4 lasts 0.12 s, too short for 5 frames"):
+        data.Wan(wan).encode(pairs, args)
+    (tmp_path / "v/c.mp4").write_bytes((wan / "v/c.mp4").read_bytes()[:300])
+    kept = data.Wan(wan).encode(pairs, replace(args, skip_bad=True))
+    assert kept.prompts == ["a cat runs"] and kept.lines == [4]
+    assert "skipped 2 pairs with 2 bad videos" in capsys.readouterr().out
+
+def test_dpo_on_wan_trains_a_lora_that_diffusers_loads_to_the_same_model(wan):
+    train_align.main(wan_args(wan, "dpo"))
+    events = data.read_log(wan / "dpo")
+    assert events[-1]["loss"] < events[0]["loss"]
+    assert weights(wan / "dpo/lora.safetensors").keys() == LORA_NAMES
+    x, t, text = torch.randn(1, 16, 2, 4, 6), tensor([0.3]), torch.randn(1, 7, 24)
+    v = sample.load_model(wan / "dpo")(x, t, text)
+    assert (v - sample.load_model(wan)(x, t, text)).abs().max() > 1e-3
+    pytest.importorskip("peft")
+    pipe = pipeline(wan)
+    pipe.load_lora_weights(str(wan / "dpo"), weight_name="lora.safetensors")
+    expected = pipe.transformer(x, 1000 * t, text).sample
+    assert (v - expected).norm() < 1e-5 * expected.norm()
+
+def test_sft_and_dpo_run_in_bf16_and_checkpointing_moves_no_digit(wan):
+    for name, changes in (("sft", dict(loss="sft", dtype="bf16")), ("half", dict(dtype="bf16")),
+                          ("plain", dict(checkpointing=False)), ("kept", dict(checkpointing=True))):
+        train_align.main(wan_args(wan, name, steps=2, accumulate=1, batch=2, **changes))
+    assert_near(*(weights(wan / name / "lora.safetensors") for name in ("plain", "kept")), 1e-6)
+    plain, half = (data.read_log(wan / name)[-1]["err_ref_w"] for name in ("plain", "half"))
+    assert plain != half and plain == pytest.approx(half, rel=0.02)
+
+def test_wan_is_sampled_side_by_side_under_the_names_that_vbench_expects(wan, tmp_path):
+    (tmp_path / "prompts.csv").write_text(
+        "prompt,prompt_shorter\na cat runs and runs,a cat runs\na dog sleeps,\na cat runs,\n")
+    train_align.main(wan_args(wan, "side", steps=2))
+    sample.main(sample.Args(ckpt=f"{wan}/side", prompts=f"{tmp_path}/prompts.csv", n_per_prompt=2, steps=2,
+                            against="base", out=f"{tmp_path}/out", **CLIP))
+    names = {f"a cat runs-{i}.mp4" for i in range(4)} | {f"a dog sleeps-{i}.mp4" for i in range(2)}
+    for folder in (tmp_path / "out", tmp_path / "out/start"):
+        assert {p.name for p in folder.glob("*.mp4")} == names and (folder / "samples.png").exists()
+    frames, fps = data.read_video(tmp_path / "out/a dog sleeps-1.mp4")
+    assert frames.shape == (5, 32, 48, 3) and fps == 16
+
+def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path):
+    noisy = f"{tmp_path}/noisy"
+    train_reward.main(train_reward.Args(
+        noisy=True, model=str(wan), pairs=f"{wan}/pairs.csv", cache=f"{wan}/cache", depth=1, steps=4, batch=2,
+        accumulate=2, lr=1e-3, out=noisy, **CLIP))
+    train_align.main(wan_args(wan, "guided", loss="rwr", labels="reward", reward=noisy, steps=2))
+    args = sample.Args(model=str(wan), prompt=["a cat runs"], n_per_prompt=2, steps=3,
+                       out=f"{tmp_path}/plain", **CLIP)
+    sample.main(replace(args))
+    result = sample.main(replace(args, ckpt=f"{wan}/guided", nrg=noisy, against="base", reward=noisy,
+                                 out=f"{tmp_path}/out"))
+    assert set(result["win_rate"]) == {*DIMS, "Overall"} and read(tmp_path / "out/eval.json") == result
+    folders = ("plain", "out", "out/start")
+    plain, guided, start = (data.read_video(tmp_path / name / "001.mp4")[0] for name in folders)
+    assert not np.array_equal(plain, guided) and np.array_equal(plain, start)   # the same noise, unguided
+    pairs = data.read_pairs(tmp_path / "out/pairs.csv")
+    assert pairs.label[0, 3] == 1 and {path.name for path in pairs.videos[0]} == {"000.mp4", "001.mp4"}
+
+def test_videoreward_labels_the_pairs_of_wan_and_judges_what_it_draws(wan, qwen, tmp_path, capsys):
+    judge = dict(reward=f"{qwen[0]}/released", template=f"{qwen[0]}/prompt_template.py")
+    train_align.main(wan_args(wan, "judged", loss="rwr", labels="reward", steps=2, **judge))
+    assert "3 of 3 pairs labelled by reward" in capsys.readouterr().out
+    assert len((wan / "cache/scores.jsonl").read_text().splitlines()) >= 5      # distinct videos and prompts
+    result = sample.main(sample.Args(ckpt=f"{wan}/judged", prompt=["a dog runs"], n_per_prompt=2, steps=2,
+                                     against="base", out=f"{tmp_path}/out", **CLIP, **judge))
+    assert result["n"] == 2 and result["judge"] == judge["reward"]
+
+def test_a_second_round_in_bf16_starts_at_the_first_and_its_file_holds_both(wan, tmp_path):
+    one = wan_args(wan, "", dtype="bf16", out=f"{tmp_path}/one")
+    two = replace(one, model=one.out, seed=1, out=f"{tmp_path}/two")
+    train_align.main(replace(one))
+    train_align.check(two, data.world_of(two.model))
+    xt = torch.randn(1, 16, 2, 4, 6), torch.tensor([0.3]), torch.randn(1, 7, 24)
+    base, first = (sample.load_model(path, torch.bfloat16)(*xt) for path in (wan, one.out))
+    policy, reference = train_align.policy_and_reference(two, "cpu")
+    with reference() as frozen:
+        for v in (policy(*xt), frozen(*xt)):
+            assert (v - first).norm() < 1e-2 * (first - base).norm()
+    train_align.main(replace(two))
+    base, first, ours = (sample.load_model(path) for path in (wan, one.out, two.out))
+    v = ours(*xt)
+    assert (v - first(*xt)).norm() > 0.05 * (first(*xt) - base(*xt)).norm()
+    with lora_disabled(ours):
+        assert torch.equal(ours(*xt), base(*xt))                               # the pretrained, not round one
+    file = tmp_path / "two/lora.safetensors"
+    assert {len(x) for name, x in weights(file).items() if "lora_A" in name} == {8}     # of rank 4 each
+    pytest.importorskip("peft")
+    pipe = pipeline(wan)
+    pipe.load_lora_weights(two.out, weight_name=file.name)
+    theirs = pipe.transformer(xt[0], 1000 * xt[1], xt[2]).sample
+    assert (v - theirs).norm() < 1e-5 * theirs.norm()
+
+def test_wan_sharded_over_two_processes_trains_as_in_one_and_resumes_to_the_same_bits(wan, tmp_path):
+    args = wan_args(wan, "", steps=4, batch=2, accumulate=1, save_every=2, cache=f"{tmp_path}/cache")
+    names = "one", "whole", "cut"
+    one, whole, cut = (replace(args, out=f"{tmp_path}/{x}", shard=x != "one") for x in names)
+    train_align.main(replace(one))
+    torchrun(tmp_path, [whole])
+    logs = [data.read_log(tmp_path / name) for name in ("one", "whole")]
+    for key in ("loss", "grad_norm"):
+        assert np.allclose(*([event[key] for event in log] for log in logs), rtol=1e-3)
+    shutil.copytree(whole.out, cut.out)
+    for file in (tmp_path / "cut/lora.safetensors", max((tmp_path / "cut").glob("state-*"))):
+        file.unlink()                                                           # as if killed after step 2
+    config = tmp_path / "cut/config.json"
+    config.write_text(config.read_text().replace(whole.out, cut.out))
+    torchrun(tmp_path, [replace(cut, resume=True)])
+    assert_near(*(weights(tmp_path / name / "lora.safetensors") for name in ("whole", "cut")), 0)
+
+def test_a_latent_reward_of_wan_computes_in_bf16_and_its_gradient_is_fp32(wan):
+    r, seen = reward.LatentReward.from_base(sample.load_model(wan), 1), []
+    r.hidden.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    x = torch.randn(1, 16, 2, 4, 6, requires_grad=True)
+    score = r.score(x, torch.rand(1), torch.randn(1, 7, 24))
+    assert seen == [torch.bfloat16] and score.dtype == torch.float32
+    assert torch.autograd.grad(score.sum(), x)[0].dtype == torch.float32
+
+def test_all_weights_of_wan_are_trained_in_fp32_under_bf16(wan, tmp_path):
+    args = wan_args(wan, "", lora_rank=0, dtype="bf16", steps=1, lr=1e-5, out=f"{tmp_path}/run")
+    train_align.main(args)
+    saved = weights(tmp_path / "run/transformer/diffusion_pytorch_model.safetensors")
+    assert {x.dtype for x in saved.values()} == {torch.float32}
+    m, _ = train_align.policy_and_reference(args, "cpu")
+    xt = torch.randn(1, 16, 2, 4, 6), torch.rand(1), torch.randn(1, 7, 24)
+    v, m.compute_dtype = m(*xt), None
+    assert 1e-5 < (v - m(*xt)).norm() / v.norm() < 0.05
+
+def test_the_cache_holds_a_content_once_bears_many_writers_sees_a_flipped_byte(wan, tmp_path, monkeypatch):
+    shutil.copy(wan / "v/a.mp4", tmp_path / "copy.mp4")
+    (tmp_path / "pairs.csv").write_text(f"prompt,chosen,rejected\na cat,{wan}/v/a.mp4,copy.mp4\n")
+    args = wan_args(wan, "", pairs=f"{tmp_path}/pairs.csv", cache=f"{tmp_path}/cache")
+    world, encoded, opened, own = data.Wan(wan), [], [], data.fingerprint
+    encode = world.encode_video
+    monkeypatch.setattr(world, "encode_video", lambda x: encoded.append(1) or encode(x))
+    pairs = world.encode(world.read(args), args)
+    assert len(encoded) == 1 and torch.equal(*world.latents(pairs, [0])[0])
+    monkeypatch.setattr(data, "fingerprint", lambda path: opened.append(Path(path).suffix) or own(path))
+    again = data.Wan(wan)
+    again.encode(again.read(args), args)
+    assert opened and ".mp4" not in opened                                 # remembered by path, size and time
+    file = world.cached[pairs.videos[0][0]]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: data.save_cached(torch.zeros(50, 50), file), range(50)))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with refusing("is damaged: delete it"):
+        world.latents(pairs, [0])
+
+def test_a_short_clip_is_told_before_anything_loads_with_the_frames_that_fit(wan, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.Wan, "part", lambda *_: pytest.fail("something was loaded"))
+    with refusing(r"row 2: .* lasts 1.50 s, too short for 81 frames .*--frames 25 would fit.*--skip_bad"):
+        train_align.main(wan_args(wan, "", frames=81, cache=f"{tmp_path}/c", out=f"{tmp_path}/run"))
+
+def test_an_aligned_wan_is_sampled_as_it_was_trained_and_14b_has_numbers_of_its_own(wan, tmp_path):
+    train_align.main(wan_args(wan, "", steps=1, out=f"{tmp_path}/run"))
+    args = sample.Args(ckpt=[f"{tmp_path}/run"], prompt=["a cat"], out=f"{tmp_path}/out")
+    sample.check(args, data.world_of(args.ckpt[0]))
+    assert (args.frames, *args.size, args.shift, args.cfg) == (5, 32, 48, 8.0, 6.0)
+    large = shutil.copytree(wan, tmp_path / "large", ignore=shutil.ignore_patterns("cache", "*.mp4"))
+    config = read(wan / "transformer/config.json") | dict(num_attention_heads=40, attention_head_dim=128)
+    (large / "transformer/config.json").write_text(json.dumps(config))
+    args = sample.Args(model=str(large), prompt=["a cat"], out=f"{tmp_path}/out")
+    sample.check(args, data.world_of(args.model))
+    assert (args.shift, args.cfg) == (5.0, 5.0)
+
+@pytest.mark.parametrize("name, size", [("a14b", (5, 32, 48)), ("5b", (5, 64, 96))])
+def test_both_wan_22_are_sampled_as_by_diffusers(name, size, wan22):
+    folder = wan22[name]
+    pipe, world = pipeline(folder), data.world_of(folder)
+    eps = torch.randn(world.latent_shape(size[0], size[1:]), generator=rng("eval", 7, 0))[None]
+    settings = dict(prompt=["a cat runs"], negative_prompt="sleeps", num_frames=5, height=size[1],
+                    width=size[2], num_inference_steps=4, guidance_scale=4.0, latents=eps)
+    settings |= {"guidance_scale_2": 3.0} if name == "a14b" else {}
+    theirs = pipe(**settings, output_type="latent").frames[0]
+    frames = pipe(**settings, output_type="pt").frames[0].transpose(0, 1)
+    pipe.scheduler.set_timesteps(4)
+    ts, prompts = pipe.scheduler.sigmas, settings["prompt"]
+    assert (ts[:-1] >= 0.875).unique().numel() == 2                             # both experts are asked
+    (x, video), = sample.generate(
+        sample.load_all([str(folder)], world, torch.float32), world, prompts,
+        sample.embed_all(world, prompts, "sleeps"), 7, ts, size, cfg_scale=4.0, cfg_low=3.0,
+        negative="sleeps")
+    for ours, other in ((x, theirs), ((video + 1) / 2, frames)):
+        assert torch.allclose(ours, other, rtol=0, atol=1e-4)
+
+def test_each_expert_is_trained_in_its_range_and_its_lora_loads_in_diffusers(wan22, tmp_path, monkeypatch):
+    folder, loaded, times = wan22["a14b"], [], []
+    args = wan_args(folder, "", steps=2, batch=2, accumulate=2, cache=f"{tmp_path}/cache")
+    load, noise = VideoDiT.from_pretrained.__func__, data.draw_noise
+    monkeypatch.setattr(VideoDiT, "from_pretrained", classmethod(lambda *a: loaded.append(a[-1]) or load(*a)))
+    draw_noise = lambda *a, **k: times.append(noise(*a, **k)) or times[-1]
+    monkeypatch.setattr(train_align, "draw_noise", draw_noise)
+    for expert, low, high, part in (("high", 0.875, 1, "transformer"), ("low", 0, 0.875, "transformer_2")):
+        train_align.main(replace(args, expert=expert, out=f"{tmp_path}/{expert}"))
+        assert loaded == [part] and times and all(low <= t <= high for ts, _ in times for t in ts)
+        loaded.clear(), times.clear()
+    runs, world = [f"{tmp_path}/low", f"{tmp_path}/high"], data.world_of(folder)        # in any order
+    both, one, plain = (sample.load_all(x, world, torch.float32) for x in (runs, runs[:1], [str(folder)]))
+    xt, text = torch.randn(1, 16, 2, 4, 6), torch.randn(1, 7, 24)
+    for t, same in ((0.9, True), (0.3, False)):                               # one run beside the plain other
+        assert torch.equal(*(m(xt, torch.tensor([t]), text) for m in (one, plain))) == same
+    with refusing("of the same expert"):
+        sample.load_all(runs[:1] * 2, world, torch.float32)
+    sample.main(sample.Args(ckpt=runs, prompt=["a cat"], steps=2, against="base", out=f"{tmp_path}/out"))
+    assert data.video_info(tmp_path / "out/start/000.mp4")[:2] == (5, 16.0)
+    pytest.importorskip("peft")
+    pipe = pipeline(folder)
+    pipe.load_lora_weights(runs[1], weight_name="lora.safetensors")
+    pipe.load_lora_weights(runs[0], weight_name="lora.safetensors", load_into_transformer_2=True)
+    for t, theirs in ((0.9, pipe.transformer), (0.3, pipe.transformer_2)):
+        v = theirs(xt, torch.tensor([1000 * t]), text).sample
+        assert (both(xt, torch.tensor([t]), text) - v).norm() < 1e-5 * v.norm()
+
+def test_the_5b_is_trained_and_written_at_its_own_rate_and_grid(wan22, tmp_path):
+    args = wan_args(wan22["5b"], "", size=(64, 96), steps=1, batch=2, accumulate=2,
+                    cache=f"{tmp_path}/cache", out=f"{tmp_path}/run")
+    train_align.main(args)
+    sample.main(sample.Args(ckpt=[args.out], prompt=["a cat"], steps=1, out=f"{tmp_path}/out"))
+    assert data.video_info(tmp_path / "out/000.mp4") == (5, 24.0, 64, 96)
+    pytest.importorskip("peft")
+    pipe, ours = pipeline(wan22["5b"]), sample.load_model(args.out)
+    pipe.load_lora_weights(args.out, weight_name="lora.safetensors")
+    xt, text = torch.randn(1, 48, 2, 4, 6), torch.randn(1, 7, 24)
+    v = pipe.transformer(xt, torch.tensor([300.0]), text).sample
+    assert (ours(xt, torch.tensor([0.3]), text) - v).norm() < 1e-5 * v.norm()
+
+@pytest.mark.parametrize("layout", LORA_LAYOUTS)
+def test_lora_files_of_other_trainers_load_to_the_same_model(layout, wan, tmp_path):
+    m = shake_lora(add_lora(sample.load_model(wan), 2, 4.0))
+    xt, tensors = (torch.randn(1, 16, 2, 4, 6), torch.tensor([0.3]), torch.randn(1, 7, 24)), {}
+    for name, layer in m.named_modules():
+        if isinstance(layer, model_file.LoRALinear):
+            prefix, a, b, alpha = LORA_LAYOUTS[layout]
+            name = prefix + (name.replace(".", "_") if layout == "kohya" else name)
+            tensors |= {f"{name}.{a}": layer.lora_A, f"{name}.{b}": layer.lora_B * (1 if alpha else 2)}
+            tensors |= {f"{name}.{alpha}": tensor(4.0)} if alpha else {}
+    model_file.save_tensors(tensors, tmp_path / "x.safetensors")
+    again = load_lora(sample.load_model(wan), tmp_path / "x.safetensors")
+    assert torch.allclose(again(*xt), m(*xt), atol=1e-5)
+    twice = load_lora(again, tmp_path / "x.safetensors")                        # a second one adds up
+    with lora_disabled(m):
+        base = m(*xt)
+    assert (twice(*xt) - m(*xt)).norm() > 0.1 * (m(*xt) - base).norm()
+
+@pytest.mark.parametrize("key, says", [
+    ("blocks.0.self_attn.q.dora_scale", "of DoRA"), ("blocks.0.cross_attn.k_img.lora_A.weight", "an image"),
+    ("blocks.0.self_attn.q.lora_B.bias", "a bias"), ("blocks.9.self_attn.q.lora_A.weight", "of no layer"),
+    ("blocks.0.self_attn.k.lora_A.weight", "not a pair"), (None, "another model's"), ("", "no adapters")])
+def test_a_lora_tensor_that_has_no_place_is_refused_by_its_cause(key, says, wan, tmp_path):
+    width = 24 if key is not None else 25
+    layer = "blocks.0.self_attn.q.lora_"
+    tensors = {f"{layer}A.weight": torch.zeros(2, width), f"{layer}B.weight": torch.zeros(24, 2)}
+    tensors = {} if key == "" else tensors | ({key: torch.zeros(2, 24)} if key else {})
+    model_file.save_tensors(tensors, tmp_path / "x")
+    with refusing(says):
+        load_lora(sample.load_model(wan), tmp_path / "x")
+
+# ---- refusals ----
+# What the user can mend ends in one line that says how, with exit status 2, before anything is written.
+
+REFUSALS = """
+train_align   --lss dpo                                            did you mean --loss
+train_align   --loss ppo                                           choose from
+train_align   --steps many                                         is not a whole number, 1 or more
+train_align   --steps 0                                            is not a whole number, 1 or more
+train_reward  --save_every 0                                       is not a whole number, 1 or more
+sample        --prompt p --n_per_prompt 0                          is not a whole number, 1 or more
+sample        --eval -1                                            is not a whole number, 1 or more
+train_align   --seed -1                                            is not a whole number, 0 or more
+train_align   --dim_w 1,1                                          is not 3 numbers
+train_align   --lora_rank -1                                       give 0 or more
+train_align   --loss rwr --tau 0                                   --tau more than 0
+train_align   --loss rwr --labels human                            use --labels reward
+train_align   --loss pretrain --lora_rank 4                        trains all weights
+train_reward  --tie 1                                              above 1
+train_reward  --label_noise 0                                      above 0
+train_reward  --depth 99 --n_pairs 9                               blocks
+train_align   --model runs/nowhere                                 does not exist
+train_reward  --model runs/nowhere                                 does not exist
+sample        --ckpt runs/nowhere --eval 4                         does not exist
+train_align   --model {empty}                                      is the run finished
+train_align   --model {other} --n_pairs 9                           does not fit the model
+train_align   --model {cut}                                        cannot be read as safetensors
+sample        --model {cut} --eval 4                               cannot be read as safetensors
+train_align   --model {pickle}                                     cannot be read as safetensors
+train_align   --model {world} --n_pairs 9                           another Shapes world
+train_align   --model {layers} --n_pairs 9                          num_layers = 0 is not a valid size
+train_align   --model {image} --n_pairs 9                           text-to-video
+train_align   --out {file}/run                                     is a file
+train_align   --model {other} --out {other}                        is the model itself
+sample        --model {other} --out {other} --eval 4               is the model itself
+train_align   --resume --out {broken}                              config.json cannot be read as JSON
+sample        --size 30,30 --eval 4                                --frames and --size are for Wan
+sample        --out x                                              one thing at a time
+sample        --eval 4 --prompt p                                  one thing at a time
+sample        --eval 4 --split test                                invalid choice
+sample        --eval 4 --x beta                                    unknown argument --x
+sample        --eval 4 --against base                              this model has none
+sample        --prompt 'a dog'                                     not a prompt of Shapes world
+sample        --prompt 'a red circle moving left' --reward oracle  add --against base or --n_per_prompt 4
+sample        --prompts gone.csv                                   gone.csv
+sample        --prompts {blank}                                    row 3 has no prompt
+sample        --compare {empty}                                    config.json cannot be read as JSON
+sample        --compare {nothing}                                  takes runs that have win rates
+sample        --compare {won} --x rg_scale --y win_rate/XQ         cannot be drawn: 'XQ'
+sample        --compare {won} --x rg_scale --y win_rate            cannot be drawn
+sample        --compare {won} --x nrg                              could not convert
+sample        --compare {won} --out drawn                          draws one .png
+sample        --compare {won} --out gone/a.png                     in a folder that exists
+reward        --video {file} --prompt 'a red circle moving left'   cannot be read as a video
+train_align   --pairs gone.csv                                     gone.csv
+train_align   --pairs pairs.parquet                                python -c
+train_align   --pairs {file}                                       holds no pairs
+train_align   --pairs {blank}                                      understood are
+train_align   --pairs {p0}                                         holds no pairs
+train_align   --pairs {p1}                                         columns caption, video; understood are
+train_align   --pairs {p2}                                         understood are
+train_align   --pairs {p3}                                         gone.mp4 does not exist (and 1 more
+train_align   --pairs {p4}                                         is not UTF-8
+train_align   --pairs {p5}                                         has the labels 0, 1: write A, B or same
+train_align   --pairs {p6}                                         xxx.mp4 does not exist
+train_align   --pairs {p7}                                         b.mp4 does not exist
+train_align   --pairs {p8}                                         field larger than field limit
+train_align   --pairs {p9}                                         cannot be read as CSV
+reward        {ask}                                                KwaiVGI/VideoAlign
+reward        {ask} --template {base}/config.json                  must set DETAILED_PROMPT
+reward        --video {clip} --ckpt {released}                     --prompt
+reward        {ask} --ckpt nobody/nothing                          does not exist
+reward        {ask} --ckpt {base}                                  finished run
+reward        {ask} --template {template} --base {released}        is not a Qwen2-VL
+reward        {ask} --template {template} --ckpt {odd}             only sample_type = 'uniform' is known
+reward        {ask} --template {template} --ckpt {cut_reward}      model.pth cannot be read
+reward        {ask} --template {template} --ckpt {short}           does not fit the model: missing
+reward        {ask} --template {template} --ckpt {evil}            model.pth cannot be read
+train_reward  --model {base}                                       with --pairs
+train_reward  --pairs {prefs}                                      --model
+train_reward  --model {base} --pairs {prefs} --noisy               on latents
+train_reward  --model {base} --pairs {plain} --loss regression     MOS_A_VQ
+train_reward  --model {base} --pairs {unread}                      text.mp4 cannot be read as a video
+train_reward  --eval {released} --template {template}              with --pairs
+train_reward  --eval {released} --pairs {prefs}                    KwaiVGI/VideoAlign
+train_reward  --eval nobody/nothing --pairs {prefs}                does not exist
+train_align   --model {wan} --labels human                         is no toy of Shapes world
+train_align   --model {wan} --frames 6                             4k + 1 frames
+sample        --model {wan} --prompt p --size 30,30                give multiples of 16
+sample        --model {wan} --eval 4                               are of Shapes world
+"""
+
+@pytest.mark.parametrize("script", [train_align, train_reward, sample, reward], ids=lambda m: m.__name__)
+def test_what_the_user_can_mend_ends_in_one_line_and_status_2(script, spoiled, monkeypatch, capsys):
+    root, names = spoiled
+    monkeypatch.chdir(root)
+    before, wrong = sorted(root.rglob("*")), []
+    rows = [re.split(r"\s{2,}", line) for line in REFUSALS.strip().splitlines()]
+    for _, line, says in [row for row in rows if row[0] == script.__name__]:
+        words, says = shlex.split(line.format(**names)), says.format(**names)
+        with pytest.raises(SystemExit) as stop:
+            data.launch(*entry(script, words), script.__doc__, words)
+        said = re.sub(r"[^\n]*\r", "", capsys.readouterr().err).strip().splitlines()        # without bars
+        if stop.value.code != 2 or len(said) != 1 or not said[0].startswith("error:") or says not in said[0]:
+            wrong.append(f"{line}: said {said}")
+        after = sorted(root.rglob("*"))
+        if after != before:
+            wrong.append(f"{line}: wrote {sorted(set(after) - set(before))}")
+        before = after
+    assert not wrong, "\n".join(wrong)
+
+def test_damaged_files_are_read_or_refused_in_one_line(good, n=12, seed=0):
+    root, readers = good
+    outcomes = {"read": 0, "refused": 0}
+    for name, look in readers.items():
+        content = (root / name).read_bytes()
+        for i in range(n):
+            (root / name).write_bytes(mutant(content, rng(name, seed, i)))
+            try:
+                look(root / name)
+                outcomes["read"] += 1
+            except UserError as e:                                              # anything else fails the test
+                assert len(str(e)) > 30, (name, seed, i)
+                outcomes["refused"] += 1
+            finally:
+                (root / name).write_bytes(content)
+    assert min(outcomes.values()) > n, outcomes
+
+# ---- fixtures ----
+# Tiny random models in the real layouts, folders good and spoiled, and ways to kill a run. Nothing is mocked.
+
+CLIP = dict(frames=5, size=(32, 48))  # what Wan draws and reads here
+LORA_NAMES = {f"diffusion_model.blocks.{i}.{a}_attn.{n}.lora_{ab}.weight"
+              for i in (0, 1) for a in ("self", "cross") for n in "qkvo" for ab in "AB"}
+
+def random_model(config=TINY):
+    """A model whose head is not zero, so that its output says something."""
+    torch.manual_seed(0)
+    m = VideoDiT(config)
+    torch.nn.init.normal_(m.head.head.weight, std=0.1)
+    return m.eval()
+
+def random_batch():
     g = rng(0)
-    video = render(attributes(PROMPTS), torch.zeros(len(PROMPTS), len(DEFECTS)), g).float()
-    grey, still = video.mean(1, keepdim=True).expand_as(video), video[:, :, :1].expand_as(video)
-    rates = lambda x: dict.fromkeys((*DIMS, "Overall"), x)
-    result = {"win_rate": rates(0.8), "win_rate_reward": rates(0.9), "pixels": sample.pixel_statistics(video), "pixels_start": sample.pixel_statistics(video)}
-    assert not sample.hacking(result) and sample.pixel_statistics(video[0]).keys() == {"motion", "saturation", "brightness"}
-    assert re.search(r"in 90%, but saturation fell from 0\.\d+ to 0.000$", sample.hacking(result | {"pixels": sample.pixel_statistics(grey)}))
-    assert re.search(r"but motion fell from 0\.\d+ to 0.000$", sample.hacking(result | {"pixels": sample.pixel_statistics(still)}))
-    assert "the oracle prefers them in 30% only" in sample.hacking(result | {"win_rate": rates(0.3)})
-    assert not sample.hacking(result | {"win_rate_reward": rates(0.4), "pixels": sample.pixel_statistics(grey)})
+    return tuple(draw(shape, generator=g) for draw, shape in (
+        (torch.randn, (2, 3, 4, 8, 8)), (torch.rand, (2,)), (torch.randn, (2, 8, 32))))
 
+def shake_lora(m):
+    """The model with random adapters."""
+    for name, p in m.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return m
 
-def test_the_pair_report_counts_ties_agreement_repeats_and_contradictions(tmp_path, capsys):
-    rows = ["a,b,x,A,A", "b,a,x,B,B", "c,d,x,A,B", "d,c,x,A,same", "c,d,x,A,same", "a,b,y,same,", "a,d,z,,B"]
-    for name in "abcd":
-        (tmp_path / f"{name}.mp4").touch()
-    lines = [",".join([f"{a}.mp4", f"{b}.mp4", *rest]) for a, b, *rest in (row.split(",") for row in rows)]
-    (tmp_path / "pairs.csv").write_text("\n".join(["path_A,path_B,prompt,VQ,TA", *lines]))
-    data.report_pairs(data.read_pairs(tmp_path / "pairs.csv"), ["y", "z", "w"])
-    said = capsys.readouterr().out.splitlines()
-    assert said == [
-        "7 pairs of 4 videos and 3 prompts, 2 of which are evaluated on too",
-        "2 pairs occur more than once: 2 in both orders, 1 with opposite labels",
-        "VQ: 86% labelled; A 67%, B 17%, ties 17%; where both decide, it agrees with TA 67%",
-        "TA: 86% labelled; A 17%, B 50%, ties 33%; where both decide, it agrees with VQ 67%"]
-    pairs = data.toy_pairs(40, "train", 0)
-    data.report_pairs(pairs.subset([*range(40), 3]), data.prompts_of("eval"))
-    said = capsys.readouterr().out.splitlines()
-    assert re.match("41 pairs of 80 videos and .* prompts, 0 of which", said[0]) and "1 pairs occur more than once: 0 in both" in said[1]
+def weights(file):
+    return read_tensors(file)[0]
 
+def read(file):
+    return json.loads(Path(file).read_text())
 
-# ---- a run one can trust: resume, faults ----
+def refusing(says):
+    return pytest.raises(UserError, match=says)
+
+def assert_near(a, b, atol):
+    """Two dictionaries of tensors have the same keys and, within atol, the same values."""
+    assert a.keys() == b.keys() and a
+    assert all((a[k].float() - b[k].float()).abs().max() <= atol for k in a)
+
+def timeless_log(run):
+    """The events in a run's log without the clock."""
+    return [{k: v for k, v in event.items() if k not in ("time", "seconds")} for event in data.read_log(run)]
+
+def entry(script, words):
+    """(main, Args) of a script for these words of its command line."""
+    compares = script is sample and "--compare" in words
+    return (sample.compare, sample.Compare) if compares else (script.main, script.Args)
+
+def page_commands():
+    """The words after `python` in the pages' commands, by a shell that follows loops and runs nothing."""
+    pages = (HERE / "README.md").read_text() + (HERE / "assets/results.md").read_text()
+    shell = 'PATH=/nowhere; command_not_found_handle() { :; }; python() { printf "%s\\0" "$@"; echo; }\n'
+    blocks = [shell + block for block in re.findall(r"```bash\n(.*?)```", pages, re.S)]
+    said = [subprocess.run(["bash", "-c", block], cwd=HERE, capture_output=True, text=True, check=True).stdout
+            for block in blocks]
+    return [line.split("\0")[:-1] for line in "".join(said).splitlines()]
+
+def write_clips(folder, names, frames=12, size=(32, 48), fps=8):
+    """Small mp4 files with something in them."""
+    for k, name in enumerate(names):
+        video = torch.zeros(3, frames, *size) - 0.5
+        video[k % 3, :, 8:20, 8 + k:24 + k] = 0.9
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        data.write_video(folder / name, video, fps)
 
 class Killed(BaseException):
     """In the place of SIGKILL, which leaves no time to clean up either."""
-
 
 def main_killed(script, args, step, monkeypatch):
     """Run a training script until its process would die in the middle of the step with this number."""
@@ -1313,450 +1685,319 @@ def main_killed(script, args, step, monkeypatch):
         patch.setattr(script, "clip_grad_norm_", clip)
         script.main(args)
 
+TORCHRUN = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
 
-def result_of(run):
-    """What a run leaves: its weights, eval.json, and its log without the clock."""
-    files = sorted(f for f in run.rglob("*.safetensors"))
-    return [f.relative_to(run) for f in files], [model_file.read_tensors(f)[0] for f in files], (run / "eval.json").read_text(), timeless_log(run)
-
-
-def assert_same(a, b):
-    (names, tensors, *rest), (names_b, tensors_b, *rest_b) = result_of(a), result_of(b)
-    assert names == names_b and names and rest == rest_b
-    for x, y in zip(tensors, tensors_b):
-        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
-
-
-@pytest.mark.parametrize("name", ["dpo", "pretrain", "reward"])
-def test_a_killed_run_resumes_to_the_same_bits(name, runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(PRESETS, "toy", TINY)
-    if name == "reward":
-        script, args = train_reward, train_reward.Args(model=str(runs / "base"), depth=1, n_pairs=16, steps=9, batch=4, n_eval=12)
-    else:
-        script, args = train_align, align_args(runs, "", loss=name, n_pairs=16, steps=9, batch=4, accumulate=2, eval_n=2, eval_steps=1)
-        if name == "pretrain":
-            args = replace(args, lora_rank=None, warmup=2)                      # Muon and AdamW, averaged weights, schedule
-    args = replace(args, save_every=2)
-    script.main(replace(args, out=str(tmp_path / "whole")))
-    cut = replace(args, out=str(tmp_path / "cut"))
-    main_killed(script, replace(cut), 7, monkeypatch)
-    assert [f.name[:13] for f in sorted((tmp_path / "cut").glob("state-*"))] == ["state-0000004", "state-0000006"]
-    newest = max((tmp_path / "cut").glob("state-*"))
-    newest.write_bytes(newest.read_bytes()[:-100])                              # as a power cut leaves it
-    (tmp_path / "cut/state.tmp").write_bytes(b"half a state")
-    with open(tmp_path / "cut/log.jsonl", "a") as file:
-        file.write('{"step": 7, "lo')
-    capsys.readouterr()
-    script.main(replace(cut, resume=True))
-    said = capsys.readouterr().out
-    assert f"{newest} is damaged: going back" in said and "going on after step 4" in said
-    assert_same(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_resume_starts_anew_without_a_state_and_refuses_other_arguments(runs, tmp_path, capsys, monkeypatch):
-    args = replace(align_args(runs, "", n_pairs=8, steps=3, batch=4, eval_n=2, eval_steps=1), out=str(tmp_path / "run"))
-    main_killed(train_align, replace(args), 1, monkeypatch)
-    train_align.main(replace(args, resume=True))
-    assert "holds no whole state: starting at step 0" in capsys.readouterr().out
-    with pytest.raises(UserError, match=re.escape("made by another command (--lr was 0.003, not 1.0)")):
-        train_align.main(replace(args, resume=True, lr=1.0))
-
-
-def test_ctrl_c_saves_first(runs, tmp_path, monkeypatch, capsys):
-    args = replace(align_args(runs, "", n_pairs=8, steps=5, batch=4, eval_n=2, eval_steps=1), out=str(tmp_path / "run"))
-    own = train_align.clip_grad_norm_
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="stopped after step 1: the same command with --resume"):
-        patch.setattr(train_align, "clip_grad_norm_", lambda *x: (signal.raise_signal(signal.SIGINT), own(*x))[1])
-        train_align.main(replace(args))
-    train_align.main(replace(args, resume=True))
-    assert "going on after step 1" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("script", [train_align, train_reward])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_numbers_gone_wrong_stop_the_run_and_are_named(script, what, runs, tmp_path, monkeypatch, capsys):
-    args = (align_args(runs, "", n_pairs=16, steps=6, batch=4, eval_n=2) if script is train_align else
-            train_reward.Args(model=str(runs / "base"), depth=1, n_pairs=16, steps=6, batch=4, noisy=True))
-    args = replace(args, out=str(tmp_path / "run"))
-    noise, clip, calls = script.draw_noise, script.clip_grad_norm_, []
-
-    def draw(shape, seed, step, samples, **settings):
-        t, eps = noise(shape, seed, step, samples, **settings)
-        eps[samples.index(max(samples))] *= float("nan") if step == 3 and what == "loss" else 1
-        return t, eps
-
-    def norm(*x):
-        calls.append(clip(*x))
-        return calls[-1] * (float("inf") if len(calls) == 4 and what == "gradient" else 1)
-    monkeypatch.setattr(script, "draw_noise", draw)
-    monkeypatch.setattr(script, "clip_grad_norm_", norm)
-    with pytest.raises(UserError, match="^step 4: loss or gradient is not finite"):
-        script.main(replace(args))
-    facts = json.loads((tmp_path / "run/broken.json").read_text(), parse_constant=pytest.fail)
-    assert facts["step"] == 4 and len(facts["rows"]) == len(facts["t"]) == 4 and all(0 <= t < 1 for t in facts["t"])
-    if script is train_align:
-        assert [i for i, loss in zip(facts["rows"], facts["loss"]) if loss == "NaN"] == [max(facts["rows"])] * (what == "loss")
-    assert facts["grad_norm"] == ("NaN" if what == "loss" else "Infinity")
-    assert [f.name[:13] for f in (tmp_path / "run").glob("state-*")] == ["state-0000003"]
-
-
-# ---- a run one can trust: bad input ----
+def torchrun(folder, runs):
+    """Align with each of these arguments in two processes, by one torchrun, since its start takes long."""
+    code = "import sys, train_align as t\nfor args in eval(sys.argv[1], vars(t)):\n    t.main(args)\n"
+    (folder / "two.py").write_text(code)
+    subprocess.run([*TORCHRUN, folder / "two.py", repr(runs)], env=os.environ | {"PYTHONPATH": str(HERE)},
+                   check=True, capture_output=True)
 
 @pytest.fixture(scope="module")
-def good(runs, tmp_path_factory):
-    """A folder of good files of every kind that is read, and how each is read."""
-    root = tmp_path_factory.mktemp("good")
-    train_align.main(replace(align_args(runs, "", n_pairs=4, steps=1, batch=2, eval_n=2, eval_steps=1), out=str(root / "dpo")))
-    for name in ("base", "reward"):
-        shutil.copytree(runs / name, root / name)
-    write_clips(root, ["a.mp4", "b.mp4"], frames=6)
-    (root / "pairs.csv").write_text('path_A,path_B,prompt,VQ,MQ,MOS_A_VQ\na.mp4,b.mp4,"a cat, asleep",A,same,4\nb.mp4,a.mp4,a dog,B,,2\n')
-    rows = [{"prompt": "a cat", "path_A": "a.mp4", "path_B": "b.mp4", "TA": "A"}, {"prompt": "é", "path_A": "b.mp4", "path_B": "a.mp4", "TA": None}]
-    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (root / "prompts.csv").write_text("prompt,prompt_shorter\na cat,\na dog that sleeps,dog\n")
-    weights = "diffusion_pytorch_model.safetensors"
-    model = lambda folder: sample.load_model(folder)(*random_batch())
-    video = lambda path: (data.clip_frames(path, 2), data.read_clip(path, 2, (16, 16)), reward.check_videos([path]), data.read_shapes(path))
-    return root, {
-        "pairs.csv": data.read_pairs, "pairs.jsonl": data.read_pairs, "a.mp4": video,
-        "prompts.csv": lambda path: sample.read_prompts(sample.Args(prompts=str(path)), None),
-        f"base/transformer/{weights}": lambda path: model(path.parents[1]), "base/transformer/config.json": lambda path: model(path.parents[1]),
-        "dpo/config.json": lambda path: (data.lineage(path.parent), model(path.parent)), "dpo/lora.safetensors": lambda path: model(path.parent),
-        "reward/reward.safetensors": lambda path: reward.load_reward(path.parent)}
+def runs(tmp_path_factory):
+    """A folder with a tiny base, a reward and a noisy reward, made by the scripts themselves."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "toy", TINY)
+        align(root, root / "base", loss="pretrain", steps=50, lora_rank=None, lr=None, warmup=5)
+    for name, extra in (("reward", {}), ("noisy", dict(noisy=True, shared_noise=False))):
+        train_reward.main(reward_args(root, n_pairs=32, steps=80, batch=16, n_eval=60, out=f"{root}/{name}",
+                                      **extra))
+    return root
 
+def align_args(runs, out="", **changes):
+    return train_align.Args(**dict(
+        model=f"{runs}/base", reward=f"{runs}/reward", n_pairs=24, steps=20, batch=8, lr=3e-3, lora_rank=4,
+        eval_n=6, eval_steps=2, out=str(out)) | changes)
 
-def mutant(content, g):
-    """The bytes with some flipped, cut out or put in, more often near the start, where headers are."""
-    pick = lambda n: int(torch.randint(max(n, 1), (1,), generator=g))
-    at = pick(min(len(content), (len(content), 2000, 200)[pick(3)]))
-    noise = bytes(pick(256) for _ in range(1 + pick(4)))
-    return (content[:at] + noise + content[at + len(noise):], content[:at] + noise + content[at:], content[:at], content[:at] + content[at + 1 + pick(8):],
-            content[:at] + bytes([content[at] ^ 1 << pick(8)]) + content[at + 1:])[pick(5)]
+def align(runs, out, **changes):
+    return train_align.main(align_args(runs, out, **changes))
 
+def reward_args(runs, **changes):
+    return train_reward.Args(model=f"{runs}/base", depth=1, lr=3e-3, **changes)
 
-def test_videos_that_cannot_be_used_are_named(tmp_path):
-    import av
-    write_clips(tmp_path, ["whole.mp4", "cut.mp4"], frames=12, fps=24)
-    write_clips(tmp_path, ["enormous.mp4"], frames=1, size=(16, 8208))
-    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:900])
-    (tmp_path / "text.mp4").write_text("not a video")
-    (tmp_path / "nothing.mp4").touch()
-    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=16000, layout="mono")
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), "fltp", "mono")
-        sound.sample_rate = 16000
-        container.mux([*stream.encode(sound), *stream.encode()])
-    with av.open(str(tmp_path / "frameless.mp4"), "w") as container:
-        container.add_stream("libx264", rate=8, width=32, height=32, pix_fmt="yuv420p")
-        container.start_encoding()
-    for name, says in (("cut", "cannot be read as a video"), ("text", "cannot be read as a video"), ("nothing", "cannot be read as a video"),
-                       ("gone", "cannot be read as a video"), ("sound", "has no video in it"), ("frameless", "frames|has no video|cannot be read"),
-                       ("enormous", "8208 x 16: more than 8192")):
-        with pytest.raises(ValueError, match=f"{name}.mp4.*({says})"):
-            data.read_clip(tmp_path / f"{name}.mp4", 1, (16, 16))
-    shutil.copy(tmp_path / "whole.mp4", tmp_path / "whole.txt")                 # what a file is called doesn't matter
-    write_clips(tmp_path, ["slow.mp4"], frames=4, fps=8)
-    clips = [data.read_clip(tmp_path / name, 5, (16, 16)) for name in ("whole.mp4", "whole.txt", "slow.mp4")]     # half a second each
-    assert torch.equal(clips[0], clips[1]) and clips[2].shape == clips[0].shape == (3, 5, 16, 16)
-
-
-@pytest.mark.parametrize("what", ["state", "weights", "reward", "videos", "cache"])
-def test_a_full_disk_ends_in_one_line(what, runs, tmp_path, capsys):
-    """Files may grow to 4000 bytes only, which stops writes as a full disk does."""
-    out = str(tmp_path / "run")
-    if what in ("state", "weights"):
-        script, args = train_align, replace(align_args(runs, "", n_pairs=4, steps=3, batch=2, eval_n=2, eval_steps=1), out=out, save_every=1 if what == "state" else 9)
-    elif what == "reward":
-        script, args = train_reward, train_reward.Args(model=str(runs / "base"), depth=1, n_pairs=4, steps=1, batch=2, n_eval=4, out=out)
-    else:
-        script, args = sample, sample.Args(ckpt=str(runs / "base"), steps=1, prompt=PROMPTS[:1], out=out)
-    main = (lambda args: data.save_cached(torch.zeros(100, 100), tmp_path / "x")) if what == "cache" else script.main
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
-    try:
-        with pytest.raises(SystemExit) as stop:
-            data.launch(main, script.Args, script.__doc__, shlex.split(data.command(args))[2:])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert stop.value.code == 2 and len(said) == 1 and re.search("written|too large", said[0]), said
-    assert not [f for f in tmp_path.rglob("*") if f.suffix in (".safetensors", ".pt")]
-
-
-def test_damaged_files_are_read_or_refused_in_one_line(good, capsys, n=12, seed=0):
-    root, readers = good
-    outcomes = {"read": 0, "refused": 0}
-    for name, read in readers.items():
-        content = (root / name).read_bytes()
-        for i in range(n):
-            (root / name).write_bytes(mutant(content, rng(name, seed, i)))
-            capsys.readouterr()
-            try:
-                read(root / name)
-                outcomes["read"] += 1
-            except UserError as e:
-                said = " ".join(str(e).splitlines())
-                assert len(said) > 30, (name, seed, i, said)
-                outcomes["refused"] += 1
-            finally:
-                (root / name).write_bytes(content)
-    assert min(outcomes.values()) > n, outcomes
-
-
-# ---- Wan 2.1: a tiny random pipeline of the real classes, saved by diffusers and transformers themselves ----
+def draw(runs, name, **settings):
+    """Sample from the base of runs into the folder of this name."""
+    return sample.main(sample.Args(ckpt=f"{runs}/base", out=f"{runs}/{name}", **settings))
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory):
     """The folder of a tiny WanPipeline, with pairs.csv of four mp4 files beside it."""
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    import diffusers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
     torch.manual_seed(0)
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate("<pad> </s> <unk> a cat dog runs sleeps".split())}, "<unk>"))
+    vocabulary = {w: i for i, w in enumerate("<pad> </s> <unk> a cat dog runs sleeps".split())}
+    words, root = Tokenizer(models.WordLevel(vocabulary, "<unk>")), tmp_path_factory.mktemp("wan")
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    text = UMT5EncoderModel(UMT5Config(vocab_size=8, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
-    vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    dit = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=24,
-                                freq_dim=16, ffn_dim=48, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32)
-    with torch.no_grad():
-        for q in dit.parameters():                                              # as drawn, some of it is zero
-            q.add_(0.1 * torch.randn_like(q))
-    folder = tmp_path_factory.mktemp("wan")
-    WanPipeline(tokenizer=tokenizer, text_encoder=text, vae=vae, transformer=dit,
-                scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)).save_pretrained(folder)
-    write_clips(folder, ["v/a.mp4", "v/b.mp4", "v/c.mp4", "v/d.mp4"])
-    (folder / "pairs.csv").write_text("path_A,path_B,prompt,VQ,MQ,TA\nv/a.mp4,v/b.mp4,a cat runs,A,A,same\n"
-                                      "v/c.mp4,v/d.mp4,a dog sleeps,A,B,A\nv/d.mp4,v/a.mp4,a cat runs,B,,\n")
-    return folder
+    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    text = UMT5Config(vocab_size=8, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    dit = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=24,
+        ffn_dim=48, freq_dim=16, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32)
+    for p in dit.parameters():                                                  # as drawn, some of it is zero
+        p.data += 0.1 * torch.randn_like(p)
+    diffusers.WanPipeline(
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, **special), transformer=dit,
+        text_encoder=UMT5EncoderModel(text),
+        vae=diffusers.AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)).save_pretrained(root)
+    write_clips(root, [f"v/{name}.mp4" for name in "abcd"])
+    (root / "pairs.csv").write_text("path_A,path_B,prompt,VQ,MQ,TA\nv/a.mp4,v/b.mp4,a cat runs,A,A,same\n"
+                                    "v/c.mp4,v/d.mp4,a dog sleeps,A,B,A\nv/d.mp4,v/a.mp4,a cat runs,B,,\n")
+    return root
 
+def wan_args(wan, name, **changes):
+    beta = {"beta": 2000.0} if changes.get("loss", "dpo") == "dpo" else {}
+    return train_align.Args(**dict(
+        model=str(wan), pairs=f"{wan}/pairs.csv", steps=12, batch=3, accumulate=3, lr=3e-3, lora_rank=4,
+        lora_alpha=8.0, dtype="fp32", cache=f"{wan}/cache", out=f"{wan}/{name}") | CLIP | beta | changes)
+
+def diffusers_dit(folder):
+    """diffusers' own transformer in a folder."""
+    from diffusers import WanTransformer3DModel
+    WanTransformer3DModel._keep_in_fp32_modules = None                          # else it asks for accelerate
+    return WanTransformer3DModel.from_pretrained(folder, subfolder="transformer").eval()
 
 def pipeline(folder):
-    """diffusers' own WanPipeline from that folder, quiet."""
-    from diffusers import WanPipeline, WanTransformer3DModel
-    WanTransformer3DModel._keep_in_fp32_modules = None                          # else it asks for accelerate
-    pipe = WanPipeline.from_pretrained(folder)
+    """diffusers' own WanPipeline in a folder, quiet."""
+    from diffusers import WanPipeline
+    pipe = WanPipeline.from_pretrained(folder, transformer=diffusers_dit(folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
+CHAT = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
+        "{% if c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c['text'] }}"
+        "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+THEIRS = "Rate: <|VQ_reward|> then <|MQ_reward|> for '{text_prompt}' so {{it}} is <|TA_reward|>.\n"
+CONSTANTS = dict(VQ_mean=3.7, MQ_mean=1.2, TA_mean=2.8, VQ_std=2.0, MQ_std=2.0, TA_std=2.0)
+LM_HEAD = {"base_model.model.lm_head.weight": torch.zeros(503, 32)}             # in their files, of no use
 
-def test_sampling_gives_the_latents_and_frames_of_diffusers_pipeline(wan):
-    pipe, prompts = pipeline(wan), ["a  cat &amp; dog", "a dog"]
-    eps = torch.stack([torch.randn(16, 2, 4, 6, generator=rng("eval", 7, i)) for i in range(2)])
-    settings = dict(prompt=prompts, negative_prompt="sleeps", height=32, width=48, num_frames=5, num_inference_steps=3,
-                    guidance_scale=4.0, latents=eps)
-    theirs = pipe(**settings, output_type="latent").frames
-    frames = pipe(**settings, output_type="pt").frames                          # (B, T, 3, H, W) in [0, 1]
-    pipe.scheduler.set_timesteps(3)
-    codec = data.WanCodec(wan)
-    texts = sample.embed_all(codec, prompts, "sleeps")
-    ours = list(sample.generate(sample.load_model(wan), codec, prompts, texts, 7, pipe.scheduler.sigmas, (5, 32, 48), cfg_scale=4.0,
-                                negative="sleeps", batch=1))
-    assert torch.allclose(torch.stack([x for x, _ in ours]), theirs, rtol=0, atol=1e-4)
-    videos = torch.stack([video for _, video in ours])
-    assert torch.allclose((videos + 1) / 2, frames.transpose(1, 2), rtol=0, atol=1e-4)
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """(A folder with base/, a tiny Qwen2-VL; clips a, b; prompt_template.py; released/, a VideoReward in the
+    authors' layout, whole, LoRA not merged; and the tensors in it.)
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    root, words = tmp_path_factory.mktemp("qwen"), Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.pre_tokenizer, words.decoder = level, decoders.ByteLevel()
+    special = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
+    words.train_from_iterator([reward.RUBRIC], trainers.BpeTrainer(
+        vocab_size=500, special_tokens=[f"<|{name}|>" for name in special], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    own = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|endoftext|>", chat_template=CHAT)
+    own.save_pretrained(root / "base")
+    torch.manual_seed(0)
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3])
+    text = dict(vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=2, bos_token_id=0,
+                eos_token_id=2, num_attention_heads=2, num_key_value_heads=1, rope_parameters=rope)
+    vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
+        text_config=text, vision_config=vision, vision_start_token_id=3, vision_end_token_id=4,
+        image_token_id=5, video_token_id=6))
+    for p in model.parameters():  # every part matters to a score
+        torch.nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.2)
+    model.save_pretrained(root / "base")
+    write_clips(root, ["a.mp4", "b.mp4"], frames=20, size=(64, 96), fps=10)
+    (root / "prompt_template.py").write_text(f'raise SystemExit\n{reward.THEIR_TEMPLATE} = """{THEIRS}"""\n')
+    own = reward.VideoReward.from_base(str(root / "base")).trainable()
+    for name, p in own.named_parameters():
+        if "lora_B" in name or name in ("rm_head.weight", "rows"):
+            torch.nn.init.normal_(p, 0, 0.3)
+    truth = {k: v.detach().clone() for k, v in own.state_dict().items()}
+    truth[reward.EMBEDDING][own.token_ids] = truth.pop("rows")
+    step = root / "released" / "checkpoint-30"
+    step.mkdir(parents=True)
+    torch.save(theirs(truth) | LM_HEAD, step / "model.pth")
+    own.tokenizer.save_pretrained(step / "tokenizer")
+    data.write_json(root / "released/model_config.json", {
+        "data_config": {"fps": 2.0, "num_frames": None, "max_frame_pixels": 200704, "sample_type": "uniform",
+                        "prompt_template_type": "detailed_special"},
+        "model_config": {"model_name_or_path": str(root / "base"), "output_dim": 1, "reward_token": "last",
+                         "use_special_tokens": True},
+        "peft_lora_config": {"lora_r": 64, "lora_alpha": 128, "use_rslora": False},
+        "training_args": {"learning_rate": 2e-6}, "inference_config": CONSTANTS})
+    return root, truth
 
+def theirs(tensors, layout=""):
+    """Tensors under the authors' names: peft's marks, transformers' names of before, or of after: "new"."""
+    def name(key):
+        if re.search(r"\.lora_[AB]$", key):
+            key += ".weight" if "adapter" in layout else ".default.weight"
+        elif any(f".{linear}." in key for linear in reward.LINEARS) and "language_model" in key:
+            key = re.sub(r"\.(weight|bias)$", r".base_layer.\1", key)
+        if "new" not in layout:
+            key = key.replace("qwen.language_model.", "model.").replace("qwen.visual.", "visual.")
+        return "base_model.model." + key.replace("qwen.", "model.")
+    return {name(key): value for key, value in tensors.items()}
 
-def test_latents_are_encoded_once_and_an_interrupted_encode_goes_on(wan, tmp_path, monkeypatch, capsys):
-    pairs, codec = data.read_pairs(wan / "pairs.csv"), data.WanCodec(wan)
-    encoded, own = [], codec.encode_video
-    monkeypatch.setattr(codec, "encode_video", lambda x: encoded.append(1) or own(x))
-    args = train_align.Args(cache=str(tmp_path), frames=5, size=(32, 48))
-    first = codec.encode(pairs, args)
-    x0, text = codec.latents(first, [0, 2]), codec.text(first, [0, 2])
-    assert len(encoded) == 4 and x0.shape == (2, 2, 16, 2, 4, 6) and text.shape == (2, 512, 24)
-    assert torch.equal(x0[0, 0], x0[1, 1]) and torch.equal(text[0], text[1])    # one video, one prompt, twice
-    pixels = data.read_clip(wan / "v/a.mp4", 5, (32, 48))
-    assert torch.equal(x0[0, 0], own(pixels[None])[0].bfloat16().float())
-    assert text[0].any(1).sum() == 4                                            # three words and the end, then zeros
+def released_reward(qwen, dtype=None):
+    released, template = (qwen[0] / name for name in ("released", "prompt_template.py"))
+    return reward.VideoReward.from_pretrained(released, template=template, dtype=dtype)
 
-    before, file = codec.latents(first, [0, 1, 2]), codec.cached[first.videos[1][0]]
-    file.write_bytes(file.read_bytes()[:-8])                                    # half a file, as a full disk leaves it
-    again = codec.encode(pairs, args)
-    assert len(encoded) == 5 and torch.equal(codec.latents(again, [0, 1, 2]), before)
-    codec.encode(pairs, replace(args, frames=9))                            # other settings, other latents
-    assert len(encoded) == 9
+def clips(qwen, *names):
+    return [str(qwen[0] / f"{name}.mp4") for name in names]
 
+def raw_scores(qwen, own, normalise=False):
+    """Scores of both clips by this reward."""
+    return own.score(clips(qwen, "a", "b"), ["a cat", "a dog"], normalise)
 
-def test_a_bad_video_is_named_with_its_row_and_left_out_on_request(wan, tmp_path, capsys):
-    shutil.copytree(wan / "v", tmp_path / "v")
-    shutil.copy(wan / "pairs.csv", tmp_path)
-    (tmp_path / "v/c.mp4").write_bytes((wan / "v/c.mp4").read_bytes()[:300])
-    write_clips(tmp_path, ["v/b.mp4"], frames=1)
-    pairs = data.read_pairs(tmp_path / "pairs.csv")
-    args = train_align.Args(cache=str(tmp_path / "cache"), frames=5, size=(32, 48))
-    with pytest.raises(UserError, match="row 2: .*b.mp4 lasts 0.12 s, too short for 5 frames"):
-        data.WanCodec(wan).encode(pairs, args)
-    kept = data.WanCodec(wan).encode(pairs, replace(args, skip_bad=True))
-    assert kept.prompts == ["a cat runs"] and kept.lines == [4]
-    assert "skipped 2 pairs with 2 bad videos" in capsys.readouterr().out
+def prefs(qwen, name="prefs.csv", mos=True):
+    """A file of pairs like the authors': a beats b on VQ and TA, and MQ is unlabelled or a tie."""
+    lines = ["path_A,path_B,prompt,VQ,MQ,TA" + ",MOS_A_VQ,MOS_B_VQ" * mos]
+    for i in range(8):
+        pair, label, points = ("a.mp4,b.mp4", "A", ",5,1") if i % 2 else ("b.mp4,a.mp4", "B", ",1,5")
+        lines.append(f"{pair},prompt {i},{label},{'same' if i == 3 else 'invalid'},{label}" + points * mos)
+    (qwen[0] / name).write_text("\n".join(lines) + "\n")
+    return str(qwen[0] / name)
 
+def qwen_args(qwen, out, **changes):
+    own = dict(model=f"{qwen[0]}/base", pairs=prefs(qwen), batch=2, accumulate=2, lr=2e-3, out=str(out))
+    return train_reward.Args(**own | changes)
 
-def wan_args(wan, name, **changes):
-    return train_align.Args(**{**dict(model=str(wan), pairs=str(wan / "pairs.csv"), frames=5, size=(32, 48), steps=12, batch=3,
-                                      accumulate=3, lr=3e-3, beta=2000.0, lora_rank=4, lora_alpha=8.0, dtype="fp32",
-                                      cache=str(wan / "cache"), out=str(wan / name)), **changes})
+class Executed:
+    """Unpickled, it ends the tests."""
 
+    def __reduce__(self):
+        return sys.exit, ("ran",)
 
-def test_dpo_on_wan_trains_a_lora_that_diffusers_loads_to_the_same_model(wan):
-    train_align.main(wan_args(wan, "dpo"))
-    first, last = ends(wan / "dpo")
-    assert last < first
-    tensors = model_file.read_tensors(wan / "dpo/lora.safetensors")[0]
-    names = [f"blocks.{i}.{a}.{x}" for i in (0, 1) for a in ("self_attn", "cross_attn") for x in "qkvo"]
-    assert set(tensors) == {f"diffusion_model.{name}.lora_{ab}.weight" for name in names for ab in "AB"}
+HEAD = "path_A,path_B,prompt,VQ\n"
+SPOILED_FILES = {                                                               # p0 to p9: files of pairs
+    "p0": HEAD, "p1": "video,caption\na,b\n", "p2": "path_A,path_B,prompt\na.mp4,a.mp4,p\n",
+    "p3": f"{HEAD}a.mp4,gone.mp4,p,A\na.mp4,a.mp4,,A\n", "p4": f"{HEAD}a.mp4,a.mp4,\xff,A\n",
+    "p5": f"{HEAD}a.mp4,a.mp4,p,1\na.mp4,a.mp4,p,0\n", "p6": f"{HEAD}{'x' * 5000}.mp4,a.mp4,p,A\n",
+    "p7": f'{HEAD}"a\nb.mp4",a.mp4,p,A\n', "p8": f"{HEAD}a.mp4,a.mp4,{'long ' * 30000},A\n",
+    "p9": f'{HEAD}a.mp4,a.mp4,"open,A\n', "unread": f"{HEAD}a.mp4,text.mp4,p,A\n", "file": "",
+    "text.mp4": "no video", "blank": f"prompt,x\n{PROMPTS[0]},1\n ,2\n", "broken/config.json": '{"args": ',
+    "nothing/config.json": '{"args": {}}', "nothing/eval.json": "{}",
+    "won/config.json": '{"args": {"rg_scale": 1, "nrg": "x"}}', "won/eval.json": '{"win_rate": {"VQ": 1}}'}
 
-    ours, xt, t, text = sample.load_model(wan / "dpo"), torch.randn(1, 16, 2, 4, 6), torch.tensor([0.3]), torch.randn(1, 7, 24)
-    base = sample.load_model(wan)(xt, t, text)
-    v = ours(xt, t, text)
-    assert (v - base).abs().max() > 1e-3
-    pytest.importorskip("peft")
-    pipe = pipeline(wan)
-    pipe.load_lora_weights(str(wan / "dpo"), weight_name="lora.safetensors")
-    theirs = pipe.transformer(xt, 1000 * t, text).sample
-    assert (v - theirs).norm() < 1e-5 * theirs.norm()
+@pytest.fixture(scope="module")
+def spoiled(runs, qwen, wan, tmp_path_factory):
+    """(a folder of bad files and models of every kind, {name: path} of them and of good ones)."""
+    root, source = tmp_path_factory.mktemp("spoiled"), qwen[0]
+    write_clips(root, ["a.mp4"])
+    (root / "empty").mkdir()
+    for name, text in SPOILED_FILES.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(text.encode("latin-1"))
+    for name in ("other", "world", "layers", "image", "cut", "pickle"):
+        file = shutil.copytree(runs / "base", root / name) / "transformer/diffusion_pytorch_model.safetensors"
+        (tensors, metadata), config = read_tensors(file), read(file.with_name("config.json"))
+        tensors |= {"proj_out.bias": torch.zeros(7)} if name == "other" else {}
+        metadata |= {"world": "0"} if name == "world" else {}
+        config |= {"layers": {"num_layers": 0}, "image": {"image_dim": 1280}}.get(name, {})
+        model_file.save_tensors({k: v.clone() for k, v in tensors.items()}, file, metadata)
+        data.write_json(file.with_name("config.json"), config)
+    for name in ("odd", "cut_reward", "short", "evil"):
+        shutil.copytree(source / "released", root / name)
+    config = root / "odd/model_config.json"
+    config.write_text(config.read_text().replace("uniform", "multi_pts"))
+    for name in ("cut/transformer/diffusion_pytorch_model.safetensors", "cut_reward/checkpoint-30/model.pth"):
+        (root / name).write_bytes((root / name).read_bytes()[:1000])
+    torch.save({"x": Executed()}, root / "pickle/transformer/diffusion_pytorch_model.safetensors")
+    torch.save({"x": Executed()}, root / "evil/checkpoint-30/model.pth")
+    torch.save({}, root / "short/checkpoint-30/model.pth")
+    names = {path.name: path for path in root.iterdir()} | dict(
+        root=root, wan=wan, base=source / "base", released=source / "released", clip=source / "a.mp4",
+        template=source / "prompt_template.py", prefs=prefs(qwen), plain=prefs(qwen, "plain.csv", mos=False))
+    return root, names | {"ask": f"--video {names['clip']} --prompt p --ckpt {names['released']}"}
 
+@pytest.fixture(scope="module")
+def good(runs, tmp_path_factory):
+    """(a folder of good files of every kind that is read, {file: how it is read})."""
+    root = tmp_path_factory.mktemp("good")
+    align(runs, root / "dpo", n_pairs=4, steps=1, batch=2)
+    for name in ("base", "reward"):
+        shutil.copytree(runs / name, root / name)
+    write_clips(root, ["a.mp4", "b.mp4"], frames=6)
+    (root / "pairs.csv").write_text("path_A,path_B,prompt,VQ,MQ,MOS_A_VQ\n"
+                                    'a.mp4,b.mp4,"a cat, asleep",A,same,4\nb.mp4,a.mp4,a dog,B,,2\n')
+    (root / "pairs.jsonl").write_text('{"prompt": "a cat", "path_A": "a.mp4", "path_B": "b.mp4", "TA": "A"}\n'
+                                      '{"prompt": "é", "path_A": "b.mp4", "path_B": "a.mp4", "TA": null}\n')
+    (root / "prompts.csv").write_text("prompt,prompt_shorter\na cat,\na dog that sleeps,dog\n")
 
-def test_a_second_round_starts_from_an_aligned_wan(wan):
-    train_align.main(wan_args(wan, "first", steps=1))
-    train_align.main(wan_args(wan, "second", steps=1, model=str(wan / "first")))
-    assert data.lineage(wan / "second") == [wan / "second", wan / "first", wan]
-    assert sample.load_model(wan / "second")(torch.randn(1, 16, 2, 4, 6), torch.tensor([0.3]), torch.randn(1, 7, 24)).isfinite().all()
+    def model(folder):
+        return data.lineage(folder), sample.load_model(folder)(*random_batch())
 
+    def video(path):
+        return data.read_clip(path, 2, (16, 16)), reward.check_videos([path]), data.read_shapes(path)
+    return root, {
+        "pairs.csv": data.read_pairs, "pairs.jsonl": data.read_pairs, "a.mp4": video,
+        "prompts.csv": lambda path: sample.read_prompts(sample.Args(prompts=str(path)), data.Shapes()),
+        "base/transformer/diffusion_pytorch_model.safetensors": lambda path: model(path.parents[1]),
+        "base/transformer/config.json": lambda path: model(path.parents[1]),
+        "dpo/config.json": lambda path: model(path.parent),
+        "dpo/lora.safetensors": lambda path: model(path.parent),
+        "reward/reward.safetensors": lambda path: reward.load_reward(path.parent)}
 
-def test_a_model_of_fp32_weights_computes_as_the_autocast_around_it_says():
-    m, batch = random_model(), random_batch()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert m(*batch, depth=1).dtype == torch.bfloat16
-    assert m(*batch, depth=1).dtype == torch.float32 and m(*batch).dtype == torch.float32
+def mutant(content, g):
+    """The bytes with some flipped, cut out or put in, more often near the start, where headers are."""
+    def pick(n):
+        return int(torch.randint(max(n, 1), (1,), generator=g))
+    at = pick(min(len(content), (len(content), 2000, 200)[pick(3)]))
+    noise, start, rest = bytes(pick(256) for _ in range(1 + pick(4))), content[:at], content[at:]
+    return (start + noise + rest[len(noise):], start + noise + rest, start, start + rest[1 + pick(8):],
+            start + bytes([rest[0] ^ 1 << pick(8)]) + rest[1:])[pick(5)]
 
+def kept_for_backward(m, call):
+    """(what call returns, the most bytes at a time that autograd keeps in it, the weights left out)."""
+    own, now, most = {p.untyped_storage().data_ptr() for p in m.parameters()}, [0], [0]
 
-def test_sft_and_dpo_in_bf16_and_checkpointing_on_wan(wan):
-    """The paper's losses run in the precision and with the memory saving that a real Wan needs."""
-    for name, changes in (("sft", dict(loss="sft", dtype="bf16")), ("half", dict(dtype="bf16")), ("plain", dict(checkpointing=False))):
-        train_align.main(wan_args(wan, name, steps=2, accumulate=1, batch=2, **changes))
-    train_align.main(wan_args(wan, "kept", steps=2, accumulate=1, batch=2, checkpointing=True))
-    plain, kept = (model_file.read_tensors(wan / name / "lora.safetensors")[0] for name in ("plain", "kept"))
-    assert all(torch.allclose(plain[k], kept[k], atol=1e-6) for k in plain)
-    plain, half = (json.loads((wan / name / "log.jsonl").read_text())["err_ref_w"] for name in ("plain", "half"))
-    assert plain != half and plain == pytest.approx(half, rel=0.02)
+    class Kept:
+        def __init__(self, x):
+            self.x, self.size = x, x.nbytes * (x.untyped_storage().data_ptr() not in own)
+            now[0] += self.size
+            most[0] = max(most[0], now[0])
 
+        def __del__(self):
+            now[0] -= self.size
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
+        return call(), most[0]
 
-def test_wan_is_sampled_side_by_side_under_the_names_that_vbench_expects(wan, tmp_path):
-    (tmp_path / "prompts.csv").write_text("prompt,prompt_shorter\na cat runs and runs,a cat runs\na dog sleeps,\n")
-    train_align.main(wan_args(wan, "side", steps=2))
-    args = dict(ckpt=str(wan / "side"), prompts=str(tmp_path / "prompts.csv"), n_per_prompt=2, frames=5, size=(32, 48), steps=2)
-    sample.main(sample.Args(**args, against="base", out=str(tmp_path / "out")))
-    names = {"a cat runs-0.mp4", "a cat runs-1.mp4", "a dog sleeps-0.mp4", "a dog sleeps-1.mp4"}
-    for folder in (tmp_path / "out", tmp_path / "out/start"):
-        assert {p.name for p in folder.glob("*.mp4")} == names and (folder / "samples.png").exists()
-    frames, fps = data.read_video(tmp_path / "out/a dog sleeps-1.mp4")
-    assert frames.shape == (5, 32, 48, 3) and fps == 16
+@pytest.fixture(scope="module")
+def wan22(wan, tmp_path_factory):
+    """{"a14b", "5b": folder}: tiny random pipelines of both Wan 2.2 for text to video, with wan's clips."""
+    import diffusers
+    old, root = pipeline(wan), tmp_path_factory.mktemp("wan22")
+    same = dict(num_attention_heads=2, attention_head_dim=12, text_dim=24, freq_dim=16, ffn_dim=48,
+                num_layers=2, cross_attn_norm=True, rope_max_seq_len=32)
+    second, dit = (diffusers.WanTransformer3DModel(in_channels=n, out_channels=n, **same) for n in (16, 48))
+    for p in (*second.parameters(), *dit.parameters()):
+        p.data += 0.1 * torch.randn_like(p)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, decoder_base_dim=4, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True,
+        in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=[0.1] * 48,
+        latents_std=[0.9] * 48)
+    parts = dict(tokenizer=old.tokenizer, text_encoder=old.text_encoder, scheduler=old.scheduler)
+    pipes = {"a14b": diffusers.WanPipeline(**parts, vae=old.vae, transformer=old.transformer,
+                                           transformer_2=second, boundary_ratio=0.875),
+             "5b": diffusers.WanPipeline(**parts, vae=vae, transformer=dit, expand_timesteps=True)}
+    for name, pipe in pipes.items():
+        pipe.save_pretrained(root / name)
+        shutil.copytree(wan / "v", root / name / "v")
+        shutil.copy(wan / "pairs.csv", root / name)
+    return {name: root / name for name in pipes}
 
-
-def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path, capsys):
-    train_reward.main(train_reward.Args(noisy=True, model=str(wan), pairs=str(wan / "pairs.csv"), frames=5, size=(32, 48),
-                                        cache=str(wan / "cache"), depth=1, steps=4, batch=2, accumulate=2, lr=1e-3,
-                                        out=str(tmp_path / "noisy")))
-    args = dict(model=str(wan), prompt=["a cat runs"], n_per_prompt=2, frames=5, size=(32, 48), steps=3)
-    sample.main(sample.Args(**args, out=str(tmp_path / "plain")))
-    train_align.main(wan_args(wan, "guided", loss="rwr", labels="reward", reward=str(tmp_path / "noisy"), steps=2))
-    result = sample.main(sample.Args(**{**args, "model": "", "ckpt": str(wan / "guided")}, nrg=str(tmp_path / "noisy"),
-                                     against="base", reward=str(tmp_path / "noisy"), out=str(tmp_path / "out")))
-    assert set(result["win_rate"]) == {*DIMS, "Overall"} and json.loads((tmp_path / "out/eval.json").read_text()) == result
-    plain, guided = (data.read_video(tmp_path / x / "001.mp4")[0] for x in ("plain", "out"))
-    assert not np.array_equal(plain, guided)
-    assert np.array_equal(plain, data.read_video(tmp_path / "out/start/001.mp4")[0])      # the same noise, unguided
-    pairs = data.read_pairs(tmp_path / "out/pairs.csv")
-    assert pairs.label[0, 3] == 1 and {path.name for path in pairs.videos[0]} == {"000.mp4", "001.mp4"}
-    sample.write_pairs(tmp_path / "best.csv", [Path(f"{x}.mp4") for x in "abcdef"], ["x"] * 3 + ["y"] * 3, torch.tensor([1.0, 3, 2, 6, 5, 4]), 3)
-    assert (tmp_path / "best.csv").read_text().split() == ["prompt,chosen,rejected", "x,b.mp4,a.mp4", "y,d.mp4,f.mp4"]
-    with pytest.raises(UserError, match="is no toy of Shapes world"):
-        train_align.main(train_align.Args(model=str(wan), labels="human", out=str(tmp_path / "no")))
-
-
-def test_videoreward_labels_the_pairs_of_a_wan_and_judges_what_it_draws(wan, qwen, tmp_path, capsys):
-    judge = dict(reward=str(qwen[0] / "released"), template=str(qwen[0] / "prompt_template.py"))
-    train_align.main(wan_args(wan, "judged", loss="rwr", labels="reward", steps=2, **judge))
-    assert "3 of 3 pairs labelled by reward" in capsys.readouterr().out
-    assert len((wan / "cache/scores.jsonl").read_text().split()) >= 5           # of 5 distinct videos and prompts
-    result = sample.main(sample.Args(ckpt=str(wan / "judged"), prompt=["a dog runs"], n_per_prompt=2, frames=5, size=(32, 48),
-                                     steps=2, against="base", out=str(tmp_path / "out"), **judge))
-    assert result["n"] == 2 and result["judge"] == judge["reward"]
-
-
-def test_lora_files_of_diffusers_names_load_too(wan, tmp_path):
-    m = add_lora(sample.load_model(wan), 2, 4.0)
-    for name, q in m.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(q)
-    save_lora(m, tmp_path / "a.safetensors")
-    tensors = model_file.read_tensors(tmp_path / "a.safetensors")[0]
-    names = {k: "transformer." + model_file.to_diffusers(k.removeprefix("diffusion_model.")) for k in tensors}
-    assert "transformer.blocks.0.attn1.to_out.0.lora_A.weight" in names.values()
-    model_file.save_tensors({names[k]: v for k, v in tensors.items()}, tmp_path / "b.safetensors")
-    a, b = (load_lora(sample.load_model(wan), tmp_path / f"{x}.safetensors").state_dict() for x in "ab")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-# ---- what ships ----
-
-def page_commands():
-    """The words after `python` of each command of the pages, by a shell that goes through their loops and runs nothing."""
-    pages = (HERE / "README.md").read_text() + (HERE / "assets" / "results.md").read_text()
-    shell = 'PATH=/nowhere; command_not_found_handle() { :; }; python() { printf "%s\\0" "$@"; echo; }\n'
-    said = [subprocess.run(["bash", "-c", shell + block], cwd=HERE, capture_output=True, text=True, check=True).stdout
-            for block in re.findall(r"```bash\n(.*?)```", pages, re.S)]
-    return [line.split("\0")[:-1] for line in "".join(said).splitlines()]
-
-
-def test_every_command_of_the_pages_parses():
-    scripts = {m.__name__ + ".py": m for m in (train_align, train_reward, sample, reward)}
-    documented = [line.strip().split("    ")[0] for m in scripts.values() for line in m.__doc__.splitlines()]
-    commands = page_commands()
-    assert len(commands) >= 30
-    for script, *words in commands + [shlex.split(line)[1:] for line in documented if line.startswith("python ")]:
-        assert (HERE / script).exists(), script
-        if script in scripts:
-            args = sample.Compare if "--compare" in words else scripts[script].Args
-            data.parse_args(args, scripts[script].__doc__, words)
-
-
-def test_the_shipped_weights_are_of_this_world_small_and_good():
-    files = sorted((HERE / "assets").rglob("*.safetensors"))
-    assert [str(f.parent.relative_to(HERE / "assets")) for f in files] == ["base/transformer", "noisy", "reward"]
-    assert sum(f.stat().st_size for f in files) < 8e6
-    for f in files:
-        metadata = model_file.read_tensors(f)[1]
-        assert metadata["world"] == data.world_hash() and metadata["command"].startswith("python train_") and metadata["seed"] == "0"
-    prompts = data.prompts_of("eval", 36)
-    steps, shift, scale = (sample.RECIPES[name][0] for name in ("steps", "shift", "cfg"))
-    videos = sample.toy_videos(sample.load_model("assets/base"), prompts, 0, steps, shift, cfg_scale=scale)
-    g = rng(0)
-    mixed, captions = data.flawed_videos(500, None, g)
-    share = oracle(videos, prompts).mean(0) / oracle(mixed, captions).mean(0)
-    assert (share > 0.7).all(), share                                           # 0.8 on 512 draws; 36 leave room for chance
-    r = reward.LatentReward.from_pretrained("assets/reward")
-    pairs = data.toy_pairs(200, "eval", seed=1)
-    text = data.Shapes().text(pairs, range(200)).repeat_interleave(2, dim=0)
-    score = r.score_clean(data.Shapes().latents(pairs, slice(None)).flatten(0, 1), text).view(200, 2, 3)
-    d = score[:, 0] - score[:, 1]
-    assert all(reward.accuracy_without_ties(pairs.label[:, k], d[:, k]) > 0.65 for k in range(3))
-
-
-# ---- speed: python test_all.py --bench ----
+# ---- bench ----
+# How fast it is, beside diffusers: python test_all.py --bench
 
 @dataclass
 class Bench:
     """Time a forward pass, a training step of all weights and a Flow-DPO step (LoRA) beside diffusers' Wan.
 
-    All take turns in one process. The DPO step around diffusers is the usual one: adapters by peft, the reference is
-    the model with them off, winner and loser go through it one after the other.
+    All take turns in one process. The DPO step around diffusers is the usual one: adapters by peft, the
+    reference is the model with them off, winner and loser go through it one after the other.
     """
-    preset: Literal["small", "toy", "wan-1.3b", "wan-14b"] = "small"  # small: a Wan that two CPU cores can train
-    frames: int = 13                        # of each video; a Wan's is 4k + 1
-    size: data.Size = (256, 256)                # height and width of each video
+    preset: Literal["small", "toy", "wan-1.3b", "wan-14b"] = "small"  # small: Wan for two CPU cores
+    frames: int = 13                        # of each video; Wan's are 4k + 1
+    size: data.Size = (256, 256)            # height and width of each video
     batch: int = 1                          # videos; pairs in the DPO step
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the linear maps
     compile: bool = True                    # measure with compiled blocks too
@@ -1766,40 +2007,33 @@ class Bench:
     rounds: int = 7                         # turns of each after two to warm up; medians are shown
     profile: bool = False                   # print which operations each eager step's time goes to
 
-
-SMALL = model_file.Config(dim=384, ffn_dim=2240, text_dim=512, num_heads=3, num_layers=4)       # the ratios of 1.3B
-
+SMALL = model_file.Config(dim=384, ffn_dim=2240, text_dim=512, num_heads=3, num_layers=4)  # as 1.3B
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of (linear maps, attention). A backward pass costs its forward pass twice, for inputs and for weights,
+# which LoRA's frozen ones do not need. DPO: two videos through the policy, there and back, and through the
+# reference. What is computed again because of checkpointing does not count.
+PASSES = {"forward": (1, 1), "train": (3, 3), "dpo": (2 * (2 + 1), 2 * (3 + 1))}
 
 def flops(c, shape, words):
-    """(linear maps, attention) of one video's forward pass, a multiply-add being two; norms and such are left out."""
+    """(linear maps, attention) of one video's forward pass, a multiply-add being two; no norms and such."""
     D, patch, S = c.dim, c.in_dim * math.prod(c.patch_size), words
     L = math.prod(shape) // patch
     outside = 4 * L * D * patch + 2 * S * D * (c.text_dim + D)                  # patches in and out; the text
-    block = 2 * D * (6 * L * D + 2 * S * D + 2 * L * c.ffn_dim)                 # q k v o; the text's q o, k v; ffn
-    return outside + c.num_layers * block, c.num_layers * 4 * L * (L + S) * D   # scores, and the sums they weigh
+    block = 2 * D * (6 * L * D + 2 * S * D + 2 * L * c.ffn_dim)  # q k v o; q o, text's k v; ffn
+    return outside + c.num_layers * block, c.num_layers * 4 * L * (L + S) * D   # scores, sums they weigh
 
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# A backward pass costs its forward pass twice, once for the inputs and once for the weights, which LoRA's frozen ones
-# do not need. DPO: two videos through the policy, there and back, and through the reference. What is computed again
-# because of checkpointing does not count.
-PASSES = {"forward": (1, 1), "train": (3, 3), "dpo": (2 * (2 + 1), 2 * (3 + 1))}    # of (linear maps, attention)
-
-
-def contender(args, step, ours, compiled, weights, config, batch):
-    """(function of no arguments that does the step, bytes that it holds between steps). Weights are shared by all."""
+def contender(args, step, who, compiled, weights, config, batch):
+    """(the model, function of no arguments that does the step, bytes held between steps) of who: ours, ours
+    decoupled, diffusers, or that with cuDNN's attention. Weights are shared by all.
+    """
     from diffusers import WanTransformer3DModel
-    (x0, t, text, eps), dpo, dtype = batch, step == "dpo", DTYPES[args.dtype]
+    (x0, t, text, eps), dpo, dtype, ours = batch, step == "dpo", DTYPES[args.dtype], "ours" in who
     with x0.device:
         m = VideoDiT(config) if ours else WanTransformer3DModel.from_config(config.to_diffusers())
-    if ours:
-        m.load_state_dict(weights, assign=True)
-        velocity = m
-    else:                                                                       # fp32 where its own loader keeps it
-        fp32 = lambda k: any(part in k for part in m._keep_in_fp32_modules)
-        theirs = {model_file.to_diffusers(k): v for k, v in weights.items()}
-        m.load_state_dict({k: v if fp32(k) else v.to(dtype) for k, v in theirs.items()}, assign=True)
-        velocity = lambda xt, t, text: m(xt.to(dtype), 1000 * t, text.to(dtype), return_dict=False)[0]
+    if not ours:  # fp32 where its loader keeps it
+        fp32, weights = m._keep_in_fp32_modules, {model_file.to_diffusers(k): v for k, v in weights.items()}
+        weights = {k: v if any(part in k for part in fp32) else v.to(dtype) for k, v in weights.items()}
+    m.load_state_dict(weights, assign=True)
     m.train().requires_grad_(not dpo)
     if dpo and ours:
         add_lora(m, args.lora_rank, 2.0 * args.lora_rank)
@@ -1807,6 +2041,8 @@ def contender(args, step, ours, compiled, weights, config, batch):
         from peft import LoraConfig
         m.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
                                  target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    if "cuDNN" in who:
+        m.set_attention_backend("_native_cudnn")
     if args.checkpointing and ours:
         for block in m.blocks:
             block.checkpointing = True
@@ -1814,8 +2050,10 @@ def contender(args, step, ours, compiled, weights, config, batch):
         m.enable_gradient_checkpointing()
     if compiled:
         m.compile_blocks() if ours else m.compile_repeated_blocks(dynamic=False)
-    trained = [p for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-6, fused=True)
+
+    def velocity(xt, t, text):
+        return m(xt, t, text) if ours else m(xt.to(dtype), 1000 * t, text.to(dtype), return_dict=False)[0]
 
     @contextlib.contextmanager
     def adapters_off():
@@ -1834,26 +2072,25 @@ def contender(args, step, ours, compiled, weights, config, batch):
             with torch.no_grad():
                 return velocity(mix(x0[:, 0], eps, t), t, text)
         if dpo:
-            err = errors()
             with torch.no_grad(), lora_disabled(m) if ours else adapters_off():
                 err_ref = errors()
-            loss = flow_dpo(*err, *err_ref, 500.0)
+            pairs = train_align.error_pairs(m, x0, text, t, eps, "decoupled" in who) if ours else [errors()]
+            for err in pairs:
+                flow_dpo(*err, *err_ref, 500.0).mean().backward()
         else:
-            loss = velocity_error(velocity(mix(x0[:, 0], eps, t), t, text), eps - x0[:, 0])
-        loss.mean().backward()
+            velocity_error(velocity(mix(x0[:, 0], eps, t), t, text), eps - x0[:, 0]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    held = sum(p.numel() * p.element_size() * (1 + 2 * p.requires_grad * (step != "forward")) for p in m.parameters())
-    return run, held
-
+    moments = 2 * (step != "forward")
+    return m, run, sum(p.nbytes * (1 + moments * p.requires_grad) for p in m.parameters())
 
 def take_turns(functions, rounds, device):
-    """Seconds (rounds, n) of n functions that take turns, and the most bytes that each added on a GPU (n). Every other
-    turn goes backwards, so that no function always runs in what the same other one left in the caches.
+    """Seconds (rounds, n) of n functions that take turns, and the most bytes that each added on a GPU (n).
+    Every other turn goes backwards, so that none always runs in what the same other one left in the caches.
     """
     sync, added = (torch.cuda.synchronize if device == "cuda" else lambda: None), [0] * len(functions)
     seconds = np.zeros((rounds + 2, len(functions)))
-    for turn in range(rounds + 2):                                              # two to compile and to warm up
+    for turn in range(rounds + 2):  # two to compile and to warm up
         for i, function in list(enumerate(functions))[::1 - 2 * (turn % 2)]:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -1867,7 +2104,6 @@ def take_turns(functions, rounds, device):
                 added[i] = torch.cuda.max_memory_allocated() - before
     return seconds[2:], added
 
-
 def operations(run, device, times=5):
     """{operation: its own milliseconds in one run}, of runs one after the other."""
     from torch.autograd import DeviceType
@@ -1877,11 +2113,10 @@ def operations(run, device, times=5):
             run()
     spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     return {event.key: getattr(event, spent) / 1000 / times for event in profiler.key_averages()
-            if event.device_type == DeviceType.CPU}                             # which its kernels count towards
-
+            if event.device_type == DeviceType.CPU}                             # its kernels count towards it
 
 def attention_times(config, tokens):
-    """A line of the milliseconds that attention in bf16 takes on a GPU, there and back, on one video's tokens."""
+    """A line of the milliseconds that bf16 attention takes on a GPU, there and back, on a video's tokens."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     shape = 1, config.num_heads, tokens, config.dim // config.num_heads
     q, found = torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True), {}
@@ -1891,19 +2126,18 @@ def attention_times(config, tokens):
             torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(q, q, q).sum(), q)
     flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
     for name, kinds in (("flash", [flash]), ("cuDNN", [cudnn]), ("PyTorch's choice", [flash, cudnn])):
-        try:
+        with contextlib.suppress(RuntimeError):                                 # this machine hasn't got it
             found[name] = 1000 * np.median(take_turns([attend], 5, "cuda")[0])
-        except RuntimeError:                                                    # this machine hasn't got it
-            continue
     return "Attention, ms: " + ", ".join(f"{name} {ms:.1f}" for name, ms in found.items())
-
 
 def bench(args):
     """Print one Markdown table of args.steps, then what the data path does in a second."""
     import diffusers
-    device, dtype, toy = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[args.dtype], args.preset == "toy"
-    config, peft = SMALL if args.preset == "small" else PRESETS[args.preset], importlib.util.find_spec("peft")
-    shape = (3, args.frames, *args.size) if toy else (16, (args.frames - 1) // 4 + 1, *(x // 8 for x in args.size))
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[args.dtype]
+    toy, peft = args.preset == "toy", importlib.util.find_spec("peft")
+    config = SMALL if args.preset == "small" else PRESETS[args.preset]
+    shape = (16, (args.frames - 1) // 4 + 1, *(x // 8 for x in args.size))
+    shape = (3, args.frames, *args.size) if toy else shape
     words, n = data.TEXT_LEN if toy else data.WAN_TEXT_LEN, 8192 if device == "cuda" else 2048
     torch.manual_seed(0)
     with torch.device(device):
@@ -1914,66 +2148,78 @@ def bench(args):
     tokens = args.batch * math.prod(shape) // (config.in_dim * math.prod(config.patch_size))
     if device == "cuda":
         print(attention_times(config, tokens // args.batch), end="\n\n")
-    fp32 = lambda k: any(part in k for part in model_file.FP32_ISLANDS)
-    weights = {k: v if fp32(k) else v.to(dtype) for k, v in m.state_dict().items()}
+    fp32 = [k for k in m.state_dict() if any(part in k for part in model_file.FP32_ISLANDS)]
+    weights = {k: v if k in fp32 else v.to(dtype) for k, v in m.state_dict().items()}
     del m
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    profiles = []
-    print(f"{args.preset}, {args.frames} frames of {args.size[0]} x {args.size[1]}, {tokens:,} tokens, {args.dtype}, "
-          f"{where}, torch {torch.__version__}, diffusers {diffusers.__version__}; medians of {args.rounds} turns\n\n"
-          "| step | model | s | GB | tokens/s | TFLOP/s | of matmul | time / diffusers | time / compiled diffusers |\n"
-          + "|---" * 9 + "|")
+    print(f"{args.preset}, {args.frames} frames of {args.size[0]} x {args.size[1]}, {tokens:,} tokens, "
+          f"{args.dtype}, {where}, torch {torch.__version__}, diffusers {diffusers.__version__}; medians of "
+          f"{args.rounds} turns\n\n| step | model | s | GB | tokens/s | TFLOP/s | of matmul | "
+          "time / diffusers | time / compiled diffusers |\n" + "|---" * 9 + "|")
+    profiles, kept = [], []
     for step in args.steps:
-        names = [(who, compiled) for compiled in (False, True)[:1 + args.compile] for who in ("ours", "diffusers")
-                 if who == "ours" or step != "dpo" or peft]
-        runs, held = zip(*[contender(args, step, who == "ours", compiled, weights, config, batch)
-                           for who, compiled in names])
+        whose = ["ours", "diffusers", "diffusers, cuDNN"][:3 if device == "cuda" else 2]
+        whose = whose[:1] if step == "dpo" and not peft else whose
+        names = [(who, compiled) for compiled in (False, True)[:1 + args.compile] for who in whose]
+        _, runs, held = zip(*[contender(args, step, who, compiled, weights, config, batch)
+                              for who, compiled in names])
         seconds, added = take_turns([*runs, lambda: a @ b], args.rounds, device)
         median, seen = np.median(seconds, axis=0), tokens * (2 if step == "dpo" else 1)
         matmul = 2e-12 * n**3 / median[-1]
         work = 1e-12 * args.batch * np.dot(PASSES[step], flops(config, shape, words))
-        for i, name in enumerate(names):
-            ratios = [f"{np.median(seconds[:, i] / seconds[:, names.index(other)]):.2f}" if other in names else ""
-                      for other in (("diffusers", False), ("diffusers", True))]
+        for i, (who, compiled) in enumerate(names):
+            beside = [("diffusers", False), ("diffusers", True)]
+            ratios = [f"{np.median(seconds[:, i] / seconds[:, names.index(other)]):.2f}"
+                      if other in names else "" for other in beside]
             memory = f"{(held[i] + added[i]) / 1e9:.1f}" if device == "cuda" else ""
-            cells = (step, name[0] + ", compiled" * name[1], f"{median[i]:.3f}", memory, f"{seen / median[i]:,.0f}",
-                     f"{work / median[i]:.3g}", f"{work / median[i] / matmul:.0%}", *ratios)
+            cells = (step, who + ", compiled" * compiled, f"{median[i]:.3f}", memory,
+                     f"{seen / median[i]:,.0f}", f"{work / median[i]:.3g}",
+                     f"{work / median[i] / matmul:.0%}", *ratios)
             print("| " + " | ".join(cells) + " |", flush=True)
         if args.profile:
-            profiles.append((step, [operations(run, device) for run in runs[:len(names) // (1 + args.compile)]]))
+            eager = runs[:len(names) // (1 + args.compile)]
+            profiles.append((step, [operations(run, device) for run in eager]))
         if step == "dpo" and not peft:
             print("| dpo | diffusers needs `pip install peft` |" + " |" * 7)
         del runs
         torch.compiler.reset()
+        if step == "dpo" and peft:
+            most = {}
+            for who in ("ours", "ours, decoupled", "diffusers"):
+                m, run, _ = contender(args, step, who, False, weights, config, batch)
+                most[who] = kept_for_backward(m, run)[1]
+                del m, run
+            kept.append("Kept for the backward pass of a DPO step, eager: " + ", ".join(
+                f"{who} {x / 1e6:.0f} MB ({x / most['diffusers']:.2f} of diffusers with peft)"
+                for who, x in most.items()))
     for step, found in profiles:
-        print(f"\n| {step}, ms | ours |" + " diffusers |" * (len(found) - 1) + "\n|---" + "|---" * len(found) + "|")
+        others = len(found) - 1
+        print(f"\n| {step}, ms | ours |" + " diffusers |" * others + "\n|---|---|" + "---|" * others)
         for name in sorted(found[0], key=found[0].get)[:-9:-1] + ["all"]:
             cells = [sum(x.values()) if name == "all" else x.get(name, 0) for x in found]
             print(f"| {name} | " + " | ".join(f"{ms:.1f}" for ms in cells) + " |")
+    print("", *kept, sep="\n")
     print(f"\nA matmul of {n} x {n} ran at {matmul:.3g} TFLOP/s, taking turns with the last step's rows.")
     bench_data(args, device)
-
 
 def bench_data(args, device):
     """Print how fast pairs of Shapes world are drawn and judged, and videos are decoded and encoded."""
     from diffusers import AutoencoderKLWan
 
-    def rate(function, n):
-        seconds, _ = take_turns([function], 3, device)
-        return n / np.median(seconds)
+    def rate(function, n=1):
+        return n / np.median(take_turns([function], 3, device)[0])
     print(f"Shapes world: {rate(lambda: data.toy_pairs(64, 'train', 0), 64):.0f} pairs/s.", end="")
     if args.preset != "toy":
         with tempfile.TemporaryDirectory() as folder:
             noise = torch.rand(3, 6, *args.size).mul(2).sub(1).repeat_interleave(-(-args.frames // 6), 1)
             data.write_video(f"{folder}/a.mp4", noise, data.WAN_FPS)
             clip = data.read_clip(f"{folder}/a.mp4", args.frames, args.size)
-            decode = rate(lambda: data.read_clip(f"{folder}/a.mp4", args.frames, args.size), 1)
-        vae = AutoencoderKLWan().to(device).eval().requires_grad_(False)        # Wan 2.1's sizes, random weights
-        encode = rate(lambda: vae.encode(clip[None].to(device)), 1)
+            decode = rate(lambda: data.read_clip(f"{folder}/a.mp4", args.frames, args.size))
+        vae = AutoencoderKLWan().to(device).eval().requires_grad_(False)  # Wan 2.1's sizes, random weights
+        encode = rate(lambda: vae.encode(clip[None].to(device)))
         print(f" Videos of {args.frames} frames: {decode:.2f}/s decoded and scaled, "
               f"{encode:.3f}/s through the autoencoder.", end="")
     print()
-
 
 if __name__ == "__main__":
     if "--bench" in sys.argv:
