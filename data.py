@@ -12,6 +12,7 @@ import csv
 import difflib
 import hashlib
 import inspect
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import sys
 import threading
 import time
 import typing
+import unicodedata
 import uuid
 import zlib
 from collections import Counter, defaultdict
@@ -30,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_optimizer_state_dict)
 from tqdm import tqdm
 
-from model import HERE, PRESETS, UserError, fetch, find, read_config, read_json, read_tensors
+from model import HERE, PRESETS, UserError, check_pointer, fetch, find, read_config, read_json, read_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DIMS = ("VQ", "MQ", "TA")    # visual quality, motion quality, text alignment: the columns of every r (B, 3)
@@ -409,81 +411,136 @@ def true_scores(pairs):
 
 # ---- preference pairs from files ----
 
-# The layouts that are understood, each known by its columns: prompt, A, B and, for some, their verdict.
-LAYOUTS = {
-    ("prompt", "path_A", "path_B"): "VideoAlign and VideoGen-RewardBench: labels in VQ, MQ, TA, Overall",
-    ("prompt", "left_video", "right_video", "vote_type"): "GenAI-Bench",
-    ("prompt", "video1_path", "video2_path", "standard_answer"): "VisionRewardDB-Video",
-    ("prompt", "chosen", "rejected"): "a winner and a loser",
-}
-LABELS = {1.0: ("a", "left", "leftvote", "video1"), -1.0: ("b", "right", "rightvote", "video2"),
+# The layouts that are understood: the columns of prompt, A, B, and the column that says which one won, or who
+# always did; "labels" are a column a dimension, "votes" their shares of votes.
+LAYOUTS = [
+    ("VideoAlign and VideoGen-RewardBench", "prompt", "path_A", "path_B", "labels"),
+    ("GenAI-Bench", "prompt", "left_video", "right_video", "vote_type"),
+    ("VisionRewardDB-Video", "prompt", "video1_path", "video2_path", "standard_answer"),
+    ("MJ-Bench-Video", "caption", "video_0_path", "video_1_path", "overall_preference"),
+    ("Rapidata", "prompt", "file_name1", "file_name2", "votes"),
+    ("VideoDPO", "frame_caption", "video2", "video1", "always B"),         # numbers of clips in metadata.json
+    ("a winner and a loser", "prompt", "chosen", "rejected", "always A"),
+]
+LABELS = {1.0: ("a", "left", "leftvote", "video1", "video 1 better"),
+          -1.0: ("b", "right", "rightvote", "video2", "video 2 better"),
           0.0: ("same", "tie", "tievote", "bothbad_vote"), float("nan"): ("", "nan", "none", "invalid")}
 LABELS = {word: label for label, words in LABELS.items() for word in words}
+VOTES = {"Overall": "Preference", "MQ": "Coherence", "TA": "Alignment"}         # Rapidata's names
 
 
 def read_table(path):
-    """[(line, {column: text})] of a CSV, JSONL or JSON file, in UTF-8. UserError names a file that is none.
+    """[(line, {column: value})] of a file in UTF-8, whatever its name: JSON, JSON lines, or texts with a
+    separator and a header; a .txt is one prompt a line. A list of texts is a column `prompt`. UserError names
+    a bad row.
     """
     path = Path(path)
-    if path.suffix == ".parquet":
-        csv_path = path.with_suffix(".csv")
-        code = f"import pandas; pandas.read_parquet('{path}').to_csv('{csv_path}', index=False)"
-        raise UserError(f"{path} is Parquet: with pandas, make it a CSV by python -c {shlex.quote(code)}")
     try:
-        if path.suffix in (".jsonl", ".json"):
-            text = path.read_text("utf-8-sig")
-            if path.suffix == ".json":
-                table = list(enumerate(json.loads(text), 1))
-            else:
-                table = [(n, json.loads(line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-            if not all(isinstance(row, dict) for _, row in table):
-                raise UserError(f"{path} must hold one JSON object per row, with its columns as keys")
-            return [(n, {k: "" if v is None else str(v) for k, v in row.items()}) for n, row in table]
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restkey="", restval="", strict=True)
-            return [(reader.line_num, row) for row in reader]
-    except UserError:
-        raise
+        content = b"PAR1" if path.suffix == ".parquet" else path.read_bytes()
+        if content[:4] == b"PAR1":
+            code = f"import pandas; pandas.read_parquet('{path}').to_csv('{path.with_suffix('.csv')}')"
+            raise UserError(f"{path} is Parquet: with pandas, make it a CSV by python -c {shlex.quote(code)}")
+        text = content.decode("utf-8-sig")
+        if text.lstrip()[:1] in ("[", "{"):
+            return read_json_rows(path, text)
+        lines = text.splitlines()
+        if path.suffix.lower() == ".txt":
+            return [(n, {"prompt": line}) for n, line in enumerate(lines, 1) if line.strip()]
+        separator = max(",;\t|", key=lines[0].count) if lines else ","
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        table = [(reader.line_num, row) for row in reader]
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start}): save it as CSV or JSONL") from None
-    except (OSError, ValueError, TypeError, RecursionError, csv.Error) as e:
-        kind = path.suffix[1:].upper() if path.suffix[:5] == ".json" else "CSV"
-        raise UserError(f"{path} cannot be read as {kind}: {e}") from None
+    except (OSError, csv.Error) as e:
+        raise UserError(f"{path} cannot be read as CSV: {getattr(e, 'strerror', None) or e}") from None
+    for line, row in table:
+        if None in row or None in row.values():
+            raise UserError(f"{path}, row {line} has more or fewer fields than the header: texts that hold "
+                            f"the separator {separator!r} must stand in quotes")
+    return table
 
 
-def read_pairs(path):
-    """Pairs of a file in one of LAYOUTS, CSV, JSONL or JSON; video paths are relative to the file.
+def read_json_rows(path, text):
+    """The rows of read_table of a JSON list, or of JSON lines."""
+    try:
+        try:
+            rows = list(enumerate(json.loads(text), 1)) if text.lstrip()[0] == "[" else None
+        except ValueError:
+            rows = None
+        if rows is None:
+            rows = [(n, json.loads(line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} cannot be read as JSON: {e}") from None
+    rows = [(n, {"prompt": row} if isinstance(row, str) else row) for n, row in rows]
+    if not all(isinstance(row, dict) for _, row in rows):
+        raise UserError(f"{path} must hold one JSON object per row, with its columns as keys")
+    return rows
+
+
+def text_of(path, line, row, column):
+    """The text in a row's column, "" where there is none. UserError where it is something else."""
+    value = row.get(column)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+        value = str(value)
+    if not isinstance(value, str | None):
+        raise UserError(f"{path}, row {line}: {column} is {json.dumps(value)[:40]} and must be a text")
+    if any("\ud800" <= x <= "\udfff" for x in value or ""):
+        raise UserError(f"{path}, row {line}: {column} holds half a character, as of an emoji that was cut")
+    return (value or "").strip()
+
+
+def find_video(folder, name):
+    """The file of this name in a folder, or in its videos/, in the spelling of another system; else its plain
+    path.
+    """
+    other = name.replace("\\", "/")
+    spellings = [name, other, unicodedata.normalize("NFC", other), unicodedata.normalize("NFD", other)]
+    paths = [folder / part / spelling for spelling in spellings for part in ("", "videos", "Videos")]
+    return next((path for path in paths if os.path.exists(path)), folder / name)
+
+
+def read_pairs(path, skip_bad=False):
+    """Pairs of a file in one of LAYOUTS; video paths are relative to the file.
 
     Labels are A, B or same in any case, or another of LABELS; anything else is unlabelled, and how many are
     is printed. Numbers are refused: whether 1 and 0, 1 and 2 or 1 and -1 are meant can't be known. MOS_A_VQ
-    .. MOS_B_TA, where they stand, are Likert points. All rows are checked at once: UserError names a missing
-    column, prompt or video.
+    .. MOS_B_TA, where they stand, are Likert points from 1 to 5. All rows are checked at once: UserError
+    names a missing column, prompt or, without skip_bad, video.
     """
     table, folder = read_table(path), Path(path).parent
     if not table:
         raise UserError(f"{path} holds no pairs: give it a header and one row per pair")
     columns = set().union(*(row for _, row in table))
-    layout = next((names for names in LAYOUTS if columns.issuperset(names)), None)
     labelled = [dim for dim in (*DIMS, "Overall") if dim in columns]
-    if layout is None or (layout[1] == "path_A" and not labelled):
-        known = "; ".join(f"{', '.join(names)} ({what})" for names, what in LAYOUTS.items())
+    fitting = [x for x in LAYOUTS if columns.issuperset(x[1:4]) and (x[4] != "labels" or labelled)]
+    if not fitting:
+        known = "; ".join(f"{what}: {', '.join(names)}" for what, *names in LAYOUTS)
         found = ", ".join(sorted(map(str, columns)))
         raise UserError(f"{path} has the columns {found}; understood are: {known}")
+    _, prompt, a, b, verdict = fitting[0]
+    clips = read_clips(folder) if prompt == "frame_caption" else None
 
-    videos, label, mos, odd, bad = [], [], [], [], []
+    prompts, videos, label, mos, odd, bad = [], [], [], [], [], []
     for line, row in table:
-        if not (row.get("prompt") or "").strip():
-            bad.append(f"row {line} has no prompt")
-        pair = tuple(folder / (row.get(name) or "") for name in layout[1:3])
-        bad += [f"row {line}: {video} does not exist" for video in pair if not os.path.isfile(video)]
-        if layout[1] == "path_A":
-            words = {dim: row.get(dim) for dim in labelled}
+        cell = partial(text_of, path, line, row)
+        prompts.append(cell(prompt))
+        pair = tuple(find_video(folder, clips.get(cell(x), cell(x)) if clips else cell(x)) for x in (a, b))
+        bad += [] if prompts[-1] else [f"row {line} has no prompt"]
+        for x in pair:
+            if not (os.path.isfile(x) or skip_bad):
+                why = "is a folder, a video file is needed" if os.path.isdir(x) else "does not exist"
+                bad.append(f"row {line}: {x} {why}")
+        if verdict == "labels":
+            words = {dim: cell(dim) for dim in labelled}
+        elif verdict == "votes":
+            words = {dim: most_votes(cell(f"weighted_results1_{name}"), cell(f"weighted_results2_{name}"))
+                     for dim, name in VOTES.items()}
         else:
-            words = {"Overall": row.get(layout[3]) if layout[3:] else "A"}
-        words = {dim: (word or "").strip().lower() for dim, word in words.items()}
+            words = {"Overall": verdict[7:] if verdict.startswith("always") else cell(verdict)}
+        words = {dim: word.lower() for dim, word in words.items()}
         odd += [word for word in words.values() if word not in LABELS]
         label.append([LABELS.get(words.get(dim), float("nan")) for dim in (*DIMS, "Overall")])
-        mos.append([[points(row.get(f"MOS_{side}_{dim}")) for dim in DIMS] for side in "AB"])
+        mos.append([[points(path, line, cell(f"MOS_{side}_{dim}")) for dim in DIMS] for side in "AB"])
         videos.append(pair)
     if bad:
         more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
@@ -495,13 +552,31 @@ def read_pairs(path):
     if odd:
         seen = ", ".join(sorted({repr(word) for word in odd})[:5])
         print(f"{path}: {len(odd)} labels are neither A, B nor same ({seen}): taken as unlabelled")
-    prompts = [row["prompt"].strip() for _, row in table]
     return Pairs(prompts, videos, torch.tensor(label), torch.tensor(mos), [line for line, _ in table])
 
 
-def points(text):
-    """The Likert points that a cell holds, 1 to 5; nan where it holds none."""
-    return float(text) if re.fullmatch(r"\s*[1-5](\.\d+)?\s*", text or "") else float("nan")
+def points(path, line, text):
+    """The Likert points in a cell, 1 to 5; nan where it holds no number. UserError for another scale."""
+    if not re.fullmatch(r"[-+]?\d+(\.\d+)?", text):
+        return float("nan")
+    if not 1 <= float(text) <= 5:
+        raise UserError(f"{path}, row {line} gives {text} points, and the scale is 1 to 5: map them all, by "
+                        "1 + 4 x / 100 if they are 0 to 100, or 1 + 4 x / 10 if they are 0 to 10")
+    return float(text)
+
+
+def most_votes(a, b):
+    """Who has the larger share of the votes: a, b, same, or "" where a share is missing."""
+    try:
+        return ("same", "a", "b")[(float(a) > float(b)) - (float(a) < float(b))]
+    except ValueError:
+        return ""
+
+
+def read_clips(folder):
+    """{number: path} of VideoDPO's clips, from the metadata.json beside its pairs."""
+    rows = read_table(folder / "metadata.json")
+    return {str(n - 1): (row.get("basic") or {}).get("clip_path", "") for n, row in rows}
 
 
 def report_pairs(pairs, held_out=()):
@@ -559,45 +634,69 @@ def to_float(video):
 
 @contextmanager
 def open_video(path):
-    """(PyAV's container, its video stream, frames per second or 0). UserError names a file that is no video.
+    """(PyAV's container, its best video stream: not a cover picture). UserError names a file that is no
+    video.
     """
     import av
+    check_pointer(path)
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
+        with av.open(os.path.abspath(path)) as container:                 # a name with a colon is no URL then
+            stream = container.streams.best("video")
+            if stream is None:
                 raise UserError(f"{path} has no video in it")
-            stream = container.streams.video[0]
-            yield container, stream, float(stream.average_rate or stream.guessed_rate or 0)
+            yield container, stream
     except (av.FFmpegError, OSError, AttributeError) as e:              # a stream without a codec has no size
         raise UserError(f"{path} cannot be read as a video: {e}") from None
 
 
-def video_info(path):
-    """(frames, fps, height, width) of a video file, without decoding it. UserError names a file that is no
-    video.
+def upright(frame, stream):
+    """A decoded frame as players show it, uint8 (H, W, 3): with square pixels, and turned as its file says.
     """
-    with open_video(path) as (container, stream, fps):
-        size = stream.height, stream.width
-        count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-    if count < 1 or not fps > 0:
-        raise UserError(f"{path} has {count} frames at {fps:g} frames per second")
-    if max(size) > 8192:
-        raise UserError(f"{path} is {size[1]} x {size[0]}: more than 8192 pixels a side are refused")
-    return count, fps, *size
+    shape = float(stream.sample_aspect_ratio or 1)
+    frame = frame.reformat(width=round(frame.width * shape) if shape > 0 else None, format="rgb24")
+    return np.rot90(frame.to_ndarray(), round(frame.rotation / 90)) if frame.rotation else frame.to_ndarray()
+
+
+def video_times(path):
+    """(times (n,) in seconds at which a video's frames come on screen, from 0; frames per second; height;
+    width). One frame is decoded. UserError names a file that is no video.
+    """
+    with open_video(path) as (container, stream):
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        frame = next(container.decode(stream), None)
+        if frame is None or not fps > 0:
+            raise UserError(f"{path} has no frames, or no frame rate")
+        if max(frame.height, frame.width) > 8192:
+            size = f"{frame.width} x {frame.height}"
+            raise UserError(f"{path} is {size}: more than 8192 pixels a side are refused")
+        size = upright(frame, stream).shape[:2]
+    with open_video(path) as (container, stream):
+        stamps = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        if None in stamps:
+            return np.arange(len(stamps)) / fps, fps, *size
+        times = np.sort(stamps) * float(stream.time_base)
+        return times - times[0], fps, *size
+
+
+def video_info(path):
+    """(frames, fps, height, width) of a video file, as it is shown. UserError names a file that is no video.
+    """
+    times, *rest = video_times(path)
+    return len(times), *rest
 
 
 def read_video(path, indices=None):
-    """(frames, fps): uint8 (T, H, W, 3) and the frame rate; indices: the frames wanted, ascending (all of
-    them if None).
+    """(frames, fps): uint8 (T, H, W, 3), as they are shown, and the frame rate; indices: the frames wanted,
+    ascending (all of them if None).
 
     Decoding stops after the last one wanted. UserError names a file that cannot be read or is too short.
     """
     wanted, frames = None if indices is None else set(int(i) for i in indices), {}
-    with open_video(path) as (container, stream, fps):
-        stream.thread_type = "AUTO"
+    with open_video(path) as (container, stream):
+        fps, stream.thread_type = float(stream.average_rate or stream.guessed_rate or 0), "AUTO"
         for i, frame in enumerate(container.decode(stream)):
             if wanted is None or i in wanted:
-                frames[i] = frame.to_ndarray(format="rgb24")
+                frames[i] = upright(frame, stream)
             if wanted is not None and len(frames) == len(wanted):
                 break
     missing = sorted((wanted or set()) - set(frames))
@@ -638,7 +737,7 @@ def contact_sheet(path, rows, max_frames=8):
     for row in rows:
         for caption, video in row:
             frames = to_uint8(video).permute(1, 2, 3, 0)                                   # (T, H, W, 3)
-            some = np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round()
+            some = np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int)
             frames = frames[some].cpu().numpy()
             strips.append((caption, Image.fromarray(np.concatenate(frames, axis=1))))
     height = 48                                                                 # px of a strip
@@ -682,11 +781,11 @@ class Shapes:
         """What the weights trained on this world say of it."""
         return {"world": world_hash()}
 
-    def read(self, args, noise=1.0, labelled=True):
-        """The Pairs of the file args.pairs, or args.n_pairs drawn ones by annotators of this noise."""
+    def read(self, args, labelled=True):
+        """The Pairs of the file args.pairs, or args.n_pairs drawn ones."""
         if not args.pairs:
-            return toy_pairs(args.n_pairs, "train", args.seed, noise, labelled)
-        pairs = read_pairs(args.pairs)
+            return toy_pairs(args.n_pairs, "train", args.seed, labelled=labelled)
+        pairs = read_pairs(args.pairs, args.skip_bad)
         self.check_prompts(pairs.prompts)
         return pairs
 
@@ -815,32 +914,26 @@ class Wan:
         """The folder of one of the models, downloaded when it is needed."""
         return fetch(self.path, [f"{name}/*"]) / name
 
-    def read(self, args, noise=1.0, labelled=True):
+    def read(self, args, labelled=True):
         """The Pairs of the file args.pairs whose videos are good, all looked into before anything is loaded.
         UserError names a bad one by its row, unless args.skip_bad.
         """
         if not args.pairs:
             raise UserError(f"{args.model} is no toy of Shapes world: --pairs takes a file of pairs, and "
                             "sample.py --n_per_prompt 4 --reward RUN makes one of its own videos")
-        return self.look_into(read_pairs(args.pairs), args)
+        return self.look_into(read_pairs(args.pairs, args.skip_bad), args)
 
     def look_into(self, pairs, args):
-        """The pairs whose videos are good and long enough; what was seen of a video is remembered in
-        args.cache.
-        """
-        bad, lines = {}, first_lines(pairs)
-        mine = {file_key(path): path for path in list(lines)[RANK::RANKS]}
+        """The pairs whose videos can be opened and are long enough."""
+        def check(path):
+            times, rate, *_ = video_times(path)
+            return [fingerprint(path), times[-1] + 1 / rate]
 
-        def look(key):
-            with noted(bad, mine[key], lines[mine[key]], args.skip_bad):
-                return [fingerprint(key[0]), *video_info(key[0])[:2]]
-        found = remembered(Path(args.cache) / "videos.jsonl", list(mine), look, "looking into videos")
-        for key, path in mine.items():
-            if found.get(key):
-                with noted(bad, path, lines[path], args.skip_bad):
-                    clip_frames(path, args.frames, self.fps, *found[key][1:])   # refuses what is too short
-        self.prints |= merged({mine[key]: value[0] for key, value in found.items() if value})
-        return leave_out(pairs, merged(bad))
+        def accept(path, found):
+            check_length(path, found[1], args.frames, self.fps)
+        pairs, found = look_into(pairs, args, "videos.jsonl", check, accept)
+        self.prints |= {path: name for path, (name, _) in found.items()}
+        return pairs
 
     def prompts(self, split, n=None):
         raise UserError("--eval and named splits are of Shapes world: for Wan give --prompts FILE "
@@ -872,10 +965,9 @@ class Wan:
         if not len(prompts):
             return
         self.loaded_vae = None
-        tokenizer = AutoTokenizer.from_pretrained(self.part("tokenizer"))
+        tokenizer = load_part(AutoTokenizer, self.part("tokenizer"))
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
-        encoder = UMT5EncoderModel.from_pretrained(self.part("text_encoder"), dtype=dtype)
-        encoder = encoder.to(self.device).eval()
+        encoder = load_part(UMT5EncoderModel, self.part("text_encoder"), dtype=dtype).to(self.device).eval()
         for i in progress(range(0, len(prompts), batch), "prompts"):
             words = tokenizer([prompt_clean(p) for p in prompts[i:i + batch]], padding="max_length",
                               truncation=True, max_length=WAN_TEXT_LEN, return_tensors="pt").to(self.device)
@@ -904,7 +996,7 @@ class Wan:
         """(autoencoder, mean, std): the statistics (1, C, 1, 1, 1) that its latents are normalised with."""
         if self.loaded_vae is None:
             from diffusers import AutoencoderKLWan
-            vae = AutoencoderKLWan.from_pretrained(self.part("vae"), torch_dtype=torch.float32)
+            vae = load_part(AutoencoderKLWan, self.part("vae"), torch_dtype=torch.float32)
             stats = [torch.tensor(x, device=self.device).view(1, -1, 1, 1, 1)
                      for x in (vae.config.latents_mean, vae.config.latents_std)]
             self.loaded_vae = vae.to(self.device).eval().requires_grad_(False), *stats
@@ -937,7 +1029,7 @@ class Wan:
         bad, lines, prompts, cache = {}, first_lines(pairs), sorted(set(pairs.prompts)), Path(args.cache)
         vae, *encoder = (fingerprints(self.part(name)) for name in ("vae", "text_encoder", "tokenizer"))
         for path in lines:
-            name = short_hash(self.prints[path], args.frames, args.size, vae)
+            name = short_hash("on screen", self.prints[path], args.frames, args.size, vae)
             self.cached[path] = cache / f"video-{name}.safetensors"
         for prompt in prompts:
             self.cached[prompt] = cache / f"text-{short_hash(prompt, encoder)}.safetensors"
@@ -947,7 +1039,7 @@ class Wan:
         print(f"{cache}: {len(copies) - len(videos)} of {len(copies)} videos and {len(prompts) - len(texts)} "
               f"of {len(prompts)} prompts are there; encoding the rest")
         mine = texts[RANK::RANKS]
-        for prompt, x in zip(mine, self.embed_rows(mine)):
+        for x, prompt in zip(self.embed_rows(mine), mine):                      # to the generator's own end
             save_cached(x, self.cached[prompt])
 
         def read(path):
@@ -964,7 +1056,46 @@ class Wan:
         return leave_out(pairs, {path: bad[self.cached[path]] for path in lines if self.cached[path] in bad})
 
 
+def load_part(cls, folder, **settings):
+    """An instance of a class of transformers or diffusers from a folder. UserError where it cannot be, or
+    lacks weights that would be filled with random numbers.
+    """
+    is_model = issubclass(cls, torch.nn.Module)
+    try:
+        part = cls.from_pretrained(folder, **settings, **({"output_loading_info": True} if is_model else {}))
+    except Exception as e:                                                      # theirs are of every kind
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(f"{folder} cannot be loaded, is its download complete? {why}") from None
+    if is_model and part[1]["missing_keys"]:
+        missing = sorted(part[1]["missing_keys"])
+        raise UserError(f"{folder} lacks {len(missing)} tensors, such as {missing[0]}: download it again")
+    return part[0] if is_model else part
+
+
 WanCodec = Wan                                                                # an older name that others call
+
+
+def look_into(pairs, args, name, check, accept=lambda path, found: None):
+    """(the pairs whose videos all pass check, {video: what check says of it}), looked at before anything is
+    loaded; what was found is remembered in the file of this name in args.cache, and put to accept. UserError
+    names a bad one by its row, unless args.skip_bad.
+    """
+    bad, lines, keys = {}, first_lines(pairs), {}
+    for path in list(lines)[RANK::RANKS]:
+        with noted(bad, path, lines[path], args.skip_bad):
+            keys[path] = file_key(path)
+    paths = {key: path for path, key in keys.items()}
+
+    def look(key):
+        with noted(bad, paths[key], lines[paths[key]], args.skip_bad):
+            return check(paths[key])
+    found = remembered(Path(args.cache) / name, list(paths), look, "looking into videos")
+    bad |= {path: bad[paths[key]] for path, key in keys.items() if paths[key] in bad}
+    found = {path: found[key] for path, key in keys.items() if found[key] is not None}
+    for path, value in found.items():
+        with noted(bad, path, lines[path], args.skip_bad):
+            accept(path, value)
+    return leave_out(pairs, merged(bad)), merged(found)
 
 
 def first_lines(pairs):
@@ -985,19 +1116,23 @@ def prefetch(load, items):
             yield current
 
 
-def clip_frames(path, frames, fps=WAN_FPS, count=None, rate=None):
-    """Indices (frames,) of the frames of a video file that stand at multiples of 1 / fps second; count and
-    rate: its frames and their rate, if they are known.
+def clip_frames(path, frames, fps=WAN_FPS):
+    """Indices (frames,) of the frames of a video file that are on screen at multiples of 1 / fps second.
 
-    UserError names a file that is no video or lasts less than (frames - 1) / fps seconds.
+    UserError names a file that is no video or too short, see check_length.
     """
-    if count is None:
-        count, rate, _, _ = video_info(path)
-    if count / rate < (frames - 1) / fps:
-        fits = int(count / rate * fps) // 4 * 4 + 1
-        raise UserError(f"{path} lasts {count / rate:.2f} s, too short for {frames} frames at {fps} a second "
+    times, rate, _, _ = video_times(path)
+    check_length(path, times[-1] + 1 / rate, frames, fps)
+    return np.searchsorted(times, np.arange(frames) / fps + 1e-6, side="right") - 1
+
+
+def check_length(path, seconds, frames, fps):
+    """UserError names a video that lasts less than (frames - 1) / fps seconds, and the frames that would fit.
+    """
+    if seconds < (frames - 1) / fps:
+        fits = int(seconds * fps) // 4 * 4 + 1
+        raise UserError(f"{path} lasts {seconds:.2f} s, too short for {frames} frames at {fps} a second "
                         f"(--frames {fits} would fit)")
-    return (np.arange(frames) * rate / fps).round().astype(int).clip(max=count - 1)
 
 
 def read_clip(path, frames, size, fps=WAN_FPS):
@@ -1090,42 +1225,51 @@ def remembered(file, keys, function, desc):
             known[tuple(key)] = value
         except (ValueError, TypeError):                                         # cut short by an interruption
             continue
-    file.parent.mkdir(parents=True, exist_ok=True)
-    todo = [key for key in dict.fromkeys(keys) if key not in known]
-    with open(file, "a", encoding="utf-8") as lines:
-        lines.write("\n" if todo else "")                                       # ends such a line
-        for key in progress(todo, desc):
-            known[key] = function(key)
-            if known[key] is not None:
-                lines.write(json.dumps([key, known[key]]) + "\n")
-                lines.flush()
+    for key in progress([key for key in dict.fromkeys(keys) if key not in known], desc):
+        known[key] = function(key)
+        if known[key] is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "a", encoding="utf-8") as lines:
+                lines.write(f"\n{json.dumps([key, known[key]])}\n")             # the first \n ends a line cut short
     return {key: known[key] for key in keys}
 
 
 # ---- where a model comes from ----
 
-def lineage(path):
+def lineage(path, base=None):
     """[folder of the model at path, of the one that it was aligned from, .., of the pretrained one]: an
-    aligned run names in its config.json the model that it started from. A hub repository stays its name.
+    aligned run names in its config.json the model that it started from, unless base says where that is now. A
+    hub repository stays its name.
     """
     folder = find(path)
     if folder is None:
         return [path]
     if not any((folder / name).exists() for name in ("transformer", "lora.safetensors", "config.json")):
         raise UserError(f"{path} holds no transformer, lora.safetensors or config.json: is the run finished?")
-    args = read_json(folder / "config.json").get("args") if (folder / "config.json").exists() else None
-    if not isinstance(args, dict) or args.get("loss") == "pretrain":
-        if (folder / "lora.safetensors").exists():
-            raise UserError(f"{folder / 'config.json'} does not say what the run started from")
+    args = run_args(path)
+    aligned = args.get("loss", "pretrain") != "pretrain"
+    if not aligned and not (folder / "lora.safetensors").exists():
         return [folder]
-    if not isinstance(args.get("model"), str):
+    start = base or args.get("model")
+    if not aligned or not isinstance(start, str):
         raise UserError(f"{folder / 'config.json'} does not say what the run started from")
-    return [folder, *lineage(args["model"])]
+    try:
+        return [folder, *lineage(start)]
+    except UserError as e:
+        raise UserError(f"{path} started from {start}: {e}; if it moved, say where with --model") from None
 
 
-def pretrained(path):
+def pretrained(path, base=None):
     """The folder or hub name of the whole weights of the model at path, under its adapters."""
-    return next(folder for folder in lineage(path) if not (Path(folder) / "lora.safetensors").exists())
+    return next(folder for folder in lineage(path, base) if not (Path(folder) / "lora.safetensors").exists())
+
+
+def run_args(path):
+    """The arguments of the run at path; {} of a model that is no run."""
+    folder = find(path)
+    file = folder / "config.json" if folder else None
+    args = read_json(file).get("args") if file and file.exists() else None
+    return args if isinstance(args, dict) else {}
 
 
 def weights_file(folder):
@@ -1138,17 +1282,17 @@ def metadata_of(file):
     return read_tensors(file, metadata_only=True)[1] if file.exists() else {}
 
 
-def start_of(path):
+def start_of(path, base=None):
     """A short hash of the whole weights at path, by which adapters trained on them know them again; "" of Wan
     in several files or on the hub.
     """
-    file = weights_file(pretrained(path))
+    file = weights_file(pretrained(path, base))
     return fingerprint(file) if file.exists() else ""
 
 
-def world_of(path, device="cpu"):
-    """The world of the model at path, which its pretrained weights tell."""
-    root = lineage(path)[-1]
+def world_of(path, device="cpu", base=None):
+    """The world of the model at path, which its pretrained weights tell; base: see lineage."""
+    root = lineage(path, base)[-1]
     return Shapes() if "world" in metadata_of(weights_file(root)) else Wan(root, device)
 
 
@@ -1348,9 +1492,10 @@ def parse_args(cls, doc, argv=None, recipe=None):
         note = notes.get(f.name, "").replace("%", "%%")
         options = dict(default=f.default, help=note)
         if f.default not in (None, (), ""):
-            options["help"] += f" [{f.default}]"
-        if f.name in (recipe or {}):
-            options["help"] += f" [{', '.join(f'{name} {value}' for name, value in recipe[f.name].items())}]"
+            options["help"] += f" [{as_word(f.default)}]"
+        values = {name: x for name, x in (recipe or {}).get(f.name, {}).items() if x is not None}
+        if values:
+            options["help"] += f" [{', '.join(f'{name} {as_word(x)}' for name, x in values.items())}]"
         if typing.get_origin(kind) is typing.Literal:
             options |= dict(choices=typing.get_args(kind))
         elif kind is bool:
@@ -1371,6 +1516,11 @@ def parse_args(cls, doc, argv=None, recipe=None):
     return cls(**vars(args))
 
 
+def as_word(value):
+    """A flag's value as it is typed."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def fill(args, values):
     """Set the flags of args that are unset to these values {flag: value}."""
     for flag, value in values.items():
@@ -1383,6 +1533,9 @@ def launch(main, cls, doc, argv=None, recipe=None):
     ends in one line and exit status 2; of several processes the one at fault says it, and torchrun ends the
     rest, which may be waiting for it.
     """
+    for stream in (sys.stdout, sys.stderr):                         # a name that it can't print stops nothing
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         result = main(parse_args(cls, doc, argv, recipe))
     except (UserError, OSError) as e:
@@ -1403,17 +1556,22 @@ def command(args):
         elif isinstance(value, list) and value:
             words += [f"--{name}", *map(str, value)]
         elif value not in (None, (), "", []):
-            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+            words += [f"--{name}", as_word(value)]
     return shlex.join(words)
 
 
-def check_out(out, *models):
-    """Refuse an --out that cannot become a folder, or that is one of these models or what it started from."""
+def check_out(out, *models, base=None, inputs=()):
+    """Refuse an --out that cannot become a folder, that is one of these models or what it started from, or
+    that holds one of the inputs.
+    """
     parent = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         why = "read-only" if parent.is_dir() else "a file"
         raise UserError(f"--out {out} cannot be written ({parent} is {why}): name another folder")
-    for folder in [folder for model in models for folder in lineage(model)]:
+    for path in filter(None, inputs):
+        if Path(out).resolve() in (Path(path).resolve(), Path(path).resolve().parent):
+            raise UserError(f"--out {out} holds {path}, which is read: name another folder")
+    for folder in [folder for model in models for folder in lineage(model, base)]:
         if Path(out).resolve() == Path(folder).resolve():
             raise UserError(f"--out {out} is the model itself or what it started from: name another folder")
 
@@ -1450,12 +1608,13 @@ def contents(args):
     """
     found = {}
     for flag in ("model", "ckpt", "against", "lora", "pairs", "reward", "nrg", "eval"):
-        path = getattr(args, flag, None)
-        for place in (Path(path), HERE / path) if isinstance(path, str) and path else ():
+        paths, files = getattr(args, flag, None) or [], []
+        for path in [paths] if isinstance(paths, str) else paths if isinstance(paths, list) else []:
+            place = Path(path) if Path(path).exists() else HERE / path
             weights = [*place.glob("*.safetensors"), *place.glob("transformer/*.safetensors")]
-            files = [place] if place.is_file() else sorted(weights)
-            if files and flag not in found:
-                found[flag] = short_hash(*(fingerprint(file) for file in files))
+            files += [place] if place.is_file() else sorted(weights)
+        if files:
+            found[flag] = short_hash(*(fingerprint(file) for file in files))
     if getattr(args, "loss", "") != "pretrain" and "model" in found and not getattr(args, "ckpt", ""):
         found["start"] = start_of(args.model)
     return found

@@ -2,10 +2,10 @@
 
     python losses.py                 a worked example: what each loss says about one pair
 
-THE CONVENTION, EVERYWHERE: t = 0 IS DATA, t = 1 IS NOISE.  xt = (1 - t) x0 + t eps,  v = d xt / dt = eps -
-x0. Sampling integrates t from 1 down to 0. A velocity error is the per-sample MEAN over all elements, and
-every beta refers to that mean: for a summed error divide beta by the number of elements. Equations are those
-of Liu et al. 2025, "Improving Video Generation with Human Feedback", arXiv:2501.13918.
+THE CONVENTION, EVERYWHERE: t = 0 IS DATA, t = 1 IS NOISE. xt = (1 - t) x0 + t eps, v = d xt / dt = eps - x0.
+Sampling integrates t from 1 down to 0. A velocity error is the per-sample MEAN over all elements, and every
+beta refers to that mean: for a summed error divide beta by the number of elements. Equations are those of Liu
+et al. 2025, "Improving Video Generation with Human Feedback", arXiv:2501.13918.
 """
 import torch
 import torch.nn.functional as F
@@ -60,9 +60,10 @@ def flow_dpo(err_w, err_l, err_ref_w, err_ref_l, beta):
 def beta_schedule(beta, t, kind):
     """beta at time t (B,), (B,). Sec. 4.2: the KL weight of each time in velocity errors.
 
-    constant   the paper's method (1-t)^2    what the derivation gives, as eps errs by (1 - t)^2 times as
-    much; near noise it constrains little t^2        the same argument for the error of x0 (1-t)/t    the
-    exact weight of the path's KL divergence; t is clamped to 0.05 and more, so at most 20 beta
+    constant   the paper's method
+    (1-t)^2    what the derivation gives, as eps's squared error is (1 - t)^2 times v's: little near noise
+    t^2        the same argument for the error of x0
+    (1-t)/t    the exact weight of the path's KL divergence; t is clamped to 0.05 and more: at most 20 beta
     """
     if kind == "constant":
         return beta * torch.ones_like(t)

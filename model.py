@@ -546,9 +546,13 @@ def find(path):
 
 
 def fetch(path, wanted):
-    """The folder at path, see find, or the wanted files of the hub repository of that name."""
+    """The folder at path, see find, or the wanted files of the hub repository of that name. UserError names a
+    file that was not downloaded.
+    """
     folder = find(path)
     if folder is not None:
+        for file in (file for pattern in wanted for file in folder.glob(pattern)):
+            check_pointer(file)
         return folder
     from huggingface_hub import snapshot_download
     try:
@@ -556,6 +560,14 @@ def fetch(path, wanted):
     except (OSError, ValueError) as e:
         why = str(e).splitlines()[0]
         raise UserError(f"{path} does not exist here and cannot be had from the hub: {why}") from None
+
+
+def check_pointer(path):
+    """UserError names a file that is a pointer of git-lfs to its content."""
+    if Path(path).is_file() and Path(path).stat().st_size < 1024:
+        with open(path, "rb") as file:
+            if file.read(24) == b"version https://git-lfs.":
+                raise UserError(f"{path} is a pointer of git-lfs, not the content: run git lfs pull there")
 
 
 def read_json(path):
@@ -590,7 +602,7 @@ def read_config(source):
                "image_dim": (None,), "out_channels": channels, "out_dim": channels}
     for key, values in allowed.items():
         if raw.get(key, values[0]) not in values:
-            raise UserError(f"{path}: only Wan 2.1's text-to-video is supported, not {key} = {raw[key]}")
+            raise UserError(f"{path}: only Wan's text-to-video is supported, not {key} = {raw[key]}")
     return Config(**sizes | {"patch_size": tuple(sizes["patch_size"])})
 
 
@@ -640,6 +652,7 @@ def read_tensors(path, metadata_only=False):
             keys = [] if metadata_only else file.keys()
             return {k: file.get_tensor(k) for k in keys}, file.metadata() or {}
     except (SafetensorError, OSError) as e:
+        check_pointer(path)
         raise UserError(f"{path} cannot be read as safetensors: {e}") from None
 
 

@@ -242,10 +242,12 @@ def patchify(frames, size):
     return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).flatten(0, 4).flatten(1), torch.tensor(grid)
 
 
-def check_videos(paths):
-    """Look into each video file once: UserError names one that can't be scored."""
-    for path in progress(dict.fromkeys(paths), "looking into videos"):
-        frame_size(*video_info(path)[2:], path=path)
+def check_video(path):
+    """True of a video file that can be seen to its end. UserError names one that can't be scored."""
+    count, _, *size = video_info(path)
+    frame_size(*size, path=path)
+    read_video(path, [count - 1])
+    return True
 
 
 # ---- VideoReward: the model ----
@@ -446,9 +448,14 @@ CHECKPOINT_FILES = ["model_config.json", "checkpoint-*/*.safetensors", "checkpoi
 
 
 def is_qwen(name):
-    """Whether the folder or hub repository of this name is a Qwen2-VL. UserError where there is none."""
+    """Whether the folder or hub repository of this name is a Qwen2-VL. UserError where there is none, and for
+    another vision-language model.
+    """
     config = fetch(name, ["config.json"]) / "config.json"
-    return config.is_file() and read_json(config).get("model_type") == "qwen2_vl"
+    kind = read_json(config).get("model_type") if config.is_file() else None
+    if kind != "qwen2_vl" and isinstance(kind, str) and kind != "t2v":
+        raise UserError(f"{name} is a {kind}: of vision-language models only Qwen2-VL is supported")
+    return kind == "qwen2_vl"
 
 
 def unpickle(path):
@@ -585,20 +592,24 @@ def reads(path):
     if (folder / "model_config.json").exists():
         return "files"
     file = folder / "reward.safetensors"
+    if (folder.parent / "model_config.json").exists():
+        raise UserError(f"{path} is a checkpoint within a VideoReward: name its parent, {folder.parent}")
     if not file.exists():
         raise UserError(f"{path} holds no model_config.json or reward.safetensors: is it a finished run of "
                         "train_reward.py?")
     return "shapes" if "world" in read_tensors(file, metadata_only=True)[1] else "wan"
 
 
-def check_reward(path, world, kinds=None):
-    """Refuse, before any work, a reward that cannot judge what a model of this world draws; kinds: what it
-    may read, unset: all that can.
+def check_reward(path, world, kinds=None, template=None):
+    """Refuse, before any work, a reward that cannot judge what a model of this world draws, or a VideoReward
+    without the template that it needs; kinds: what it may read, unset: all that can.
     """
     kind, kinds = reads(path), kinds or world.judges
     if kind not in kinds:
         raise UserError(f"{path} reads {kind}, and one that reads {' or '.join(kinds)} is needed: name "
                         "another run of train_reward.py")
+    if kind == "files":
+        read_settings(locate(path)[0], template)
     if kind == "wan":
         own = read_config(json.loads(read_tensors(fetch(path, []) / "reward.safetensors", True)[1]["config"]))
         if own.in_dim != world.channels:
@@ -682,7 +693,10 @@ class Args:
 
 def main(args):
     """Print the scores of videos, or of a few random ones of Shapes world; returns them (B, 3)."""
-    check_videos(args.video)
+    if args.ckpt == "oracle":
+        raise UserError("the oracle stands beside every reward of the toy: name a reward")
+    for path in args.video:
+        check_video(path)
     if reads(args.ckpt) != "files":
         check_reward(args.ckpt, Shapes())
         return print_toy(args, load_reward(args.ckpt))

@@ -30,8 +30,8 @@ import torch
 from data import (DIMS, DTYPES, FRAMES, PROMPTS, RANK, RANKS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
                   caption_of, check_out, check_world, clean_videos, contact_sheet, fill, gather_rows, launch,
                   lineage, markdown, metadata_of, normalised, on_rank_0, oracle, overall, pretrained,
-                  progress, read_log, read_table, recipes, rng, start_of, start_ranks, to_float, to_uint8,
-                  weights_file, with_overall, world_of, write_json, write_video)
+                  progress, read_log, read_table, recipes, rng, run_args, start_of, start_ranks, text_of,
+                  to_float, to_uint8, weights_file, with_overall, world_of, write_json, write_video)
 from model import (Experts, UserError, VideoDiT, find, load_lora, lora_disabled, read_json, read_tensors,
                    save_tensors)
 from reward import LatentReward, check_reward, load_reward
@@ -99,42 +99,42 @@ def nrg(velocity, reward, rg_scale, dim_w=(1.0, 1.0, 1.0), max_ratio=float("inf"
 
 def expert_of(path):
     """Which expert of Wan 2.2 A14B the run at path is of; None of others and of a pretrained model."""
-    folder = lineage(path)[0]
-    return read_json(folder / "config.json")["args"].get("expert") if folder != pretrained(path) else None
+    return run_args(path).get("expert")
 
 
-def load_model(path, dtype=torch.float32, expert=None):
+def load_model(path, dtype=torch.float32, expert=None, base=None):
     """The VideoDiT at path, eval mode, its adapters on where it was trained with LoRA; dtype of its linear
-    maps; expert: which of a pretrained Wan 2.2 A14B, a run knows its own.
+    maps; expert: which of a pretrained Wan 2.2 A14B, a run knows its own; base: see lineage.
     """
-    folder, start, expert = lineage(path)[0], pretrained(path), expert_of(path) or expert
+    folder, start, expert = lineage(path, base)[0], pretrained(path, base), expert_of(path) or expert
     whole = metadata_of(weights_file(start))
     if "world" in whole:
         check_world(whole, weights_file(start))
-    model = VideoDiT.from_pretrained(start, dtype, "transformer_2" if expert == "low" else "transformer")
+    low = expert == "low" and start == lineage(path, base)[-1]                  # not of a run of all weights
+    model = VideoDiT.from_pretrained(start, dtype, "transformer_2" if low else "transformer")
     if folder != start:
         lora = folder / "lora.safetensors"
-        if metadata_of(lora).get("start") not in (None, start_of(path)):
+        if metadata_of(lora).get("start") not in (None, start_of(path, base)):
             raise UserError(f"{path} was trained on top of {start}, which is another model now: bring that "
                             "one back, or train again")
         load_lora(model, lora)
     return model.eval().requires_grad_(False)
 
 
-def load_all(paths, world, dtype, loras=()):
+def load_all(paths, world, dtype, loras=(), base=None):
     """The model of a path or, of Wan 2.2 A14B, its Experts: runs of one or both, the plain one beside a
     single run; loras: files to put on it, of experts the high one's first.
     """
     if world.boundary is None:
         if len(paths) > 1:
             raise UserError("two runs make a model of Wan 2.2 A14B alone, one of each expert")
-        models = [load_model(paths[0], dtype)]
+        models = [load_model(paths[0], dtype, base=base)]
     else:
         runs = {expert_of(path) or "both": path for path in paths}
         if len(runs) < len(paths):
             raise UserError(f"{' and '.join(paths)} are of the same expert: give one of each")
-        plain = lineage(paths[0])[-1]
-        models = [load_model(runs.get(expert, plain), dtype, expert) for expert in ("high", "low")]
+        plain = lineage(paths[0], base)[-1]
+        models = [load_model(runs.get(expert, plain), dtype, expert, base) for expert in ("high", "low")]
         high, low = runs.get("high", plain), runs.get("low", plain)
         print(f"two experts: {high} for t from {world.boundary} up, {low} below")
     for model, file in zip(models, loras):
@@ -161,29 +161,23 @@ def generate(model, world, prompts, texts, seed, ts, size=(FRAMES, SIZE, SIZE), 
 
         def at(x, t):                                                           # one time for the whole batch
             return t.to(x).expand(len(x))
-        velocity = lambda x, t: model(x, at(x, t), text)
+        def scale(t):                                                           # of the expert that t asks
+            return cfg_low if cfg_low is not None and world.boundary and t < world.boundary else cfg_scale
+
+        conditional = velocity = lambda x, t: model(x, at(x, t), text)
         if cfg_scale != 1:
-            velocity_null = lambda x, t: model(x, at(x, t), null)
-            velocity = guided_by(velocity, velocity_null, cfg_scale, cfg_low, world.boundary)
+            unconditional = lambda x, t: model(x, at(x, t), null)
+            velocity = lambda x, t: cfg(conditional, unconditional, scale(t))(x, t)
         if reward is not None:
             velocity = nrg(velocity, lambda x, t: reward.score(x, at(x, t), text), **guidance)
         for x in euler(velocity, eps, ts):
             yield x.cpu(), world.decode(x[None])[0]
 
 
-def guided_by(velocity, velocity_null, scale, scale_low, boundary):
-    """cfg with scale or, at times below the boundary of two experts, scale_low."""
-    high = cfg(velocity, velocity_null, scale)
-    if boundary is None or scale_low is None:
-        return high
-    low = cfg(velocity, velocity_null, scale_low)
-    return lambda x, t: high(x, t) if t >= boundary else low(x, t)
-
-
 def embed_all(world, prompts, negative=""):
     """{prompt: its embedding (S, text_dim), unpadded} of the distinct ones of prompts and negative."""
     distinct = list(dict.fromkeys([*prompts, negative]))
-    return dict(zip(distinct, world.embed_rows(distinct)))
+    return dict(zip(distinct, [*world.embed_rows(distinct)]))
 
 
 def toy_videos(model, prompts, seed, steps=16, shift=3.0, **settings):
@@ -530,10 +524,12 @@ def read_prompts(args, world):
     lines = read_table(args.prompts)
     if not lines or "prompt" not in lines[0][1]:
         raise UserError(f"{args.prompts} needs a column `prompt` and at least one row")
-    for line, row in lines:
-        if not (row.get("prompt") or "").strip():
+    names = "prompt", "prompt_shorter"
+    rows = [(line, {name: text_of(args.prompts, line, row, name) for name in names}) for line, row in lines]
+    for line, row in rows:
+        if not row["prompt"]:
             raise UserError(f"{args.prompts}, row {line} has no prompt")
-    return [row for _, row in lines]
+    return [row for _, row in rows]
 
 
 def file_names(args, rows):
@@ -554,7 +550,7 @@ def file_names(args, rows):
 
 def trained_on(ckpt):
     """The prompts of the pairs files that the runs ckpt were aligned with, as far as they can tell."""
-    files = [read_json(lineage(path)[0] / "config.json")["args"].get("pairs") for path in ckpt]
+    files = [run_args(path).get("pairs") for path in ckpt]
     rows = [row for file in files if file and Path(file).exists() for _, row in read_table(file)]
     return {row.get("prompt", "").strip() for row in rows}
 
@@ -565,14 +561,14 @@ def check(args, world):
         raise UserError(f"one thing at a time: --prompt \"{PROMPTS[0]}\", --prompts FILE, --eval 512 or "
                         "--compare RUN")
     if args.ckpt:                                                               # as it was trained
-        own = read_json(lineage(args.ckpt[0])[0] / "config.json")["args"]
+        own = run_args(args.ckpt[0])
         fill(args, {"frames": own.get("frames"), "size": tuple(own.get("size") or ()) or None})
     fill(args, {flag: values[world.recipe] for flag, values in RECIPES.items()})
     fill(args, {"dtype": "bf16" if world.name == "wan" and torch.cuda.is_available() else "fp32"})
     world.latent_shape(args.frames, args.size)                                  # refuses what cannot be
     rows = read_prompts(args, world)
     world.check_prompts([row["prompt"] for row in rows])
-    if args.reward and not args.against and args.n_per_prompt < 2:
+    if args.reward and not (args.against or args.eval) and args.n_per_prompt < 2:
         raise UserError("--reward judges a comparison or picks the best of several: add --against base or "
                         "--n_per_prompt 4")
     shared = trained_on(args.ckpt) & {row["prompt"].strip() for row in rows} if args.against else None
@@ -581,26 +577,31 @@ def check(args, world):
     if args.nrg:
         check_reward(args.nrg, world, (world.name,))
     if args.reward:
-        check_reward(args.reward, world)
+        check_reward(args.reward, world, template=args.template)
     for file in args.lora:
         if not Path(file).is_file():
             why = "is a folder: name the file in it" if Path(file).exists() else "does not exist"
             raise UserError(f"--lora {file} {why}")
-    paths = args.ckpt or [args.model]
-    plain = not args.lora and all(lineage(path)[0] == pretrained(path) for path in paths)
+    paths, base = args.ckpt or [args.model], base_of(args)
+    plain = not args.lora and all(lineage(path, base)[0] == pretrained(path, base) for path in paths)
     if args.against == "base" and plain:
         raise UserError("--against base switches adapters off and this model has none: name another model")
-    check_out(args.out, *paths)
+    check_out(args.out, *paths, base=base, inputs=(args.nrg, args.reward, args.prompts))
     return rows
+
+
+def base_of(args):
+    """Where the model that the run --ckpt started from is now, if --model says so."""
+    return args.model if args.ckpt and args.model != Args.model else None
 
 
 def main(args):
     """Sample and judge; returns what eval.json holds, where there is one."""
     start_ranks()
     device, paths = "cuda" if torch.cuda.is_available() else "cpu", args.ckpt or [args.model]
-    world = world_of(paths[0], device)
+    world = world_of(paths[0], device, base_of(args))
     rows = check(args, world)
-    model = to_device(load_all(paths, world, DTYPES[args.dtype], args.lora), device)
+    model = to_device(load_all(paths, world, DTYPES[args.dtype], args.lora, base_of(args)), device)
     guide = LatentReward.from_pretrained(args.nrg).to(device) if args.nrg else None
     for block in guide.dit.blocks if guide else ():
         block.checkpointing = world.name == "wan"                         # a gradient through it takes memory
@@ -624,7 +625,7 @@ def main(args):
         videos = torch.stack(gather_rows([video for _, video in drawn]))
         with start(start_model) as m:
             start_videos = torch.stack(gather_rows([video for _, video in generate(m, **settings)]))
-        result = evaluate(videos, start_videos, prompts)
+        result = evaluate(videos, start_videos, prompts, reward)
         report(run.folder, result, prompts, videos, start_videos)
     else:
         rest = file_names(args, rows), prompts, world, texts, reward
@@ -667,7 +668,7 @@ def write_videos(folder, drawn, names, prompts, world, texts, reward):
         if reward is not None:
             r.append(reward.score_drawn(x[None], world.pad([texts[prompts[i]]]), [file], [prompts[i]])[0])
         if i < 12:
-            some = np.linspace(0, video.shape[1] - 1, min(8, video.shape[1])).round()
+            some = np.linspace(0, video.shape[1] - 1, min(8, video.shape[1])).round().astype(int)
             cells.append([(names[i], video[:, some])])
     on_rank_0(contact_sheet)(folder / "samples.png", gather_rows(cells))
     print(f"wrote {len(names)} mp4 and samples.png to {folder}")

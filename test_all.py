@@ -1875,6 +1875,7 @@ SPOILED_FILES = {                                                               
     "p7": f'{HEAD}"a\nb.mp4",a.mp4,p,A\n', "p8": f"{HEAD}a.mp4,a.mp4,{'long ' * 30000},A\n",
     "p9": f'{HEAD}a.mp4,a.mp4,"open,A\n', "unread": f"{HEAD}a.mp4,text.mp4,p,A\n", "file": "",
     "text.mp4": "no video", "blank": f"prompt,x\n{PROMPTS[0]},1\n ,2\n", "broken/config.json": '{"args": ',
+    "runs/cache/seen.jsonl": "",                                                # what is known of read files
     "nothing/config.json": '{"args": {}}', "nothing/eval.json": "{}",
     "won/config.json": '{"args": {"rg_scale": 1, "nrg": "x"}}', "won/eval.json": '{"win_rate": {"VQ": 1}}'}
 
@@ -1885,7 +1886,7 @@ def spoiled(runs, qwen, wan, tmp_path_factory):
     write_clips(root, ["a.mp4"])
     (root / "empty").mkdir()
     for name, text in SPOILED_FILES.items():
-        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(text.encode("latin-1"))
     for name in ("other", "world", "layers", "image", "cut", "pickle"):
         file = shutil.copytree(runs / "base", root / name) / "transformer/diffusion_pytorch_model.safetensors"
@@ -1927,7 +1928,7 @@ def good(runs, tmp_path_factory):
         return data.lineage(folder), sample.load_model(folder)(*random_batch())
 
     def video(path):
-        return data.read_clip(path, 2, (16, 16)), reward.check_videos([path]), data.read_shapes(path)
+        return data.read_clip(path, 2, (16, 16)), reward.check_video(path), data.read_shapes(path)
     return root, {
         "pairs.csv": data.read_pairs, "pairs.jsonl": data.read_pairs, "a.mp4": video,
         "prompts.csv": lambda path: sample.read_prompts(sample.Args(prompts=str(path)), data.Shapes()),

@@ -86,8 +86,8 @@ class Args:
     decoupled: bool | None = None           # one video of a pair at a time; unset: where both don't fit
     compile: bool | None = None             # torch.compile the blocks; unset: for Wan on CUDA
     shard: bool = False           # torchrun: split Wan's weights over the GPUs (FSDP2), for what does not fit
-    frames: Count | None = None             # Wan: frames of each video, at 16 per second; 4k + 1
-    size: Size | None = None                # Wan: height and width, multiples of 16
+    frames: Count | None = None             # Wan: frames of each video, 4k + 1, at 16 per second (2.2 5B: 24)
+    size: Size | None = None                # Wan: height and width, multiples of 16 (2.2 5B: 32)
     cache: str = "runs/cache"               # Wan: folder of the encoded videos and prompts
     skip_bad: bool = False                  # leave out pairs whose videos cannot be used
     seed: Seed = 0                          # of pairs, order, t and noise
@@ -125,8 +125,8 @@ def check(args, world):
     if args.loss == "rwr" and args.labels == "human":
         raise UserError("--loss rwr weighs videos by scores, and human labels have none: use --labels reward")
     if not pretrains and args.labels != "human":
-        check_reward("oracle" if args.labels == "oracle" else args.reward, world)
-    check_out(args.out, *([] if pretrains else [args.model]))
+        check_reward("oracle" if args.labels == "oracle" else args.reward, world, template=args.template)
+    check_out(args.out, *([] if pretrains else [args.model]), inputs=(args.pairs, args.reward))
 
 
 # ---- the policy, the reference, the labels ----

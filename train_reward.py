@@ -22,11 +22,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Size, check_out, command, draw_noise, fill, launch,
-                  learning_rate_scale, noise_samples, normalised, prompts_of, read_pairs, recipes,
+                  learning_rate_scale, look_into, noise_samples, normalised, prompts_of, read_pairs, recipes,
                   report_pairs, rng, step_rows, toy_pairs, true_scores, with_overall, world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
-from reward import LatentReward, VideoReward, accuracies, check_videos, is_qwen, load_reward, reads
+from reward import LatentReward, VideoReward, accuracies, check_video, is_qwen, load_reward, reads
 from sample import load_model, print_accuracies
 
 # What unset flags fall to, by what the reward reads. Of files and Wan they are the paper's (Table 11), where
@@ -66,7 +66,7 @@ class Args:
     n_eval: Count = 2000                    # held-out pairs of Shapes world
     frames: Count = 81                      # Wan: frames of each video, at 16 per second; 4k + 1
     size: Size = (480, 832)                 # Wan: height and width, multiples of 16
-    skip_bad: bool = False                  # Wan: leave out pairs whose videos cannot be used
+    skip_bad: bool = False                  # leave out pairs whose videos cannot be used
     cache: str = "runs/cache"           # folder of what is computed once: latents of videos, scores of --eval
     seed: Seed = 0                          # of pairs, order and noise
     compile: bool = False                   # torch.compile the blocks of a latent reward
@@ -77,6 +77,8 @@ class Args:
 
 def check(args):
     """What the reward reads. Fill unset flags from the recipe, and refuse what contradicts itself."""
+    if args.eval == "oracle":
+        raise UserError("the oracle needs no measuring: it is the ceiling beside every reward of the toy")
     if args.eval:
         kind = reads(args.eval)
     else:
@@ -98,7 +100,7 @@ def check(args):
         raise UserError("--noisy trains a reward on latents, and a Qwen2-VL reads pixels: leave one out")
     if args.eval and kind == "wan":
         raise UserError(f"{args.eval} judges latents of Wan: how good it is stands in its eval.json")
-    check_out(args.out)
+    check_out(args.out, inputs=(args.pairs, args.eval))
     return kind
 
 
@@ -158,6 +160,11 @@ def pair_loss(args, r, target):
     return masked_mean(btt(d, target, args.tie) if args.loss == "btt" else bt(d, target), target)
 
 
+def can_see(pairs, args):
+    """The Pairs whose videos a VideoReward can see to the end, see look_into."""
+    return look_into(pairs, args, "seen.jsonl", check_video)[0]
+
+
 def split_prompts(args, pairs):
     """(training rows, validation rows): one prompt in twenty, at least one, is kept for validation."""
     prompts = sorted(set(pairs.prompts))
@@ -196,14 +203,14 @@ def train(args, kind, device):
     if kind != "shapes":                                                        # files are refused first
         if world:
             world.latent_shape(args.frames, args.size)
-        pairs = world.read(args) if world else read_pairs(args.pairs)
-        check_videos(path for pair in pairs.videos for path in pair if not world)
+        pairs = read_pairs(args.pairs, args.skip_bad)
         targets(args, pairs)
+        pairs = world.look_into(pairs, args) if world else can_see(pairs, args)
         train_rows, val_rows = split_prompts(args, pairs)
     reward = new_reward(args, kind, device)
     run = Run(args, device)
     if kind == "shapes":
-        pairs = world.read(args, noise=args.label_noise)
+        pairs = toy_pairs(args.n_pairs, "train", args.seed, args.label_noise)
         train_rows, held_out = torch.arange(len(pairs)), prompts_of("eval")
     elif kind == "wan":
         pairs = world.encode(pairs, args)
@@ -256,7 +263,7 @@ def train(args, kind, device):
         r = (r - reward.mean.cpu()) / reward.std.cpu()
         result = {"n": len(val_rows), "reward": pair_accuracies(pairs.label[val_rows], r)}
         print_accuracies({"reward": [result["reward"]]})
-    result |= {"loss_first": history[0], "loss_last": recent}
+    result |= {"loss_first": history[0], "loss_last": sum(history[-20:]) / len(history[-20:])}
     write_json(run.folder / "eval.json", result)
     return result
 
@@ -308,9 +315,7 @@ def benchmark(args, kind, device):
     """Measure a trained reward, on a pairs file beside the paper's row or on the toy; returns what eval.json
     holds.
     """
-    pairs = read_pairs(args.pairs) if kind == "files" else None
-    if kind == "files":
-        check_videos(path for pair in pairs.videos for path in pair)
+    pairs = can_see(read_pairs(args.pairs, args.skip_bad), args) if kind == "files" else None
     moved = args.model if kind == "files" and args.model != Args.model else None
     reward = load_reward(args.eval, moved, args.template, DTYPES[args.dtype]).to(device)
     if kind == "shapes":
