@@ -879,6 +879,8 @@ class Wan:
         names = "vae", "text_encoder", "tokenizer"
         configs = [f"{name}/*.json" for name in (*names, "transformer")]
         self.folder = fetch(path, ["model_index.json", *configs])
+        for file in self.folder.glob("*/*"):
+            check_pointer(file)
         missing = [name for name in names if not (self.folder / name).is_dir()]
         if missing:
             raise UserError(f"{path} holds no {', '.join(missing)}: take a folder or hub repository in "

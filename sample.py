@@ -612,10 +612,10 @@ def main(args):
     reward = load_reward(args.reward, template=args.template) if args.reward else None
     if isinstance(reward, torch.nn.Module):
         reward.to(device)
-    run, ratios = Run(args, device), []
 
     prompts = [row["prompt"] for row in rows for _ in range(args.n_per_prompt)]
-    texts, result = embed_all(world, prompts, args.negative), None
+    texts = embed_all(world, prompts, args.negative)
+    run, ratios, result = Run(args, device), [], None
     settings = dict(world=world, prompts=prompts, texts=texts, seed=args.seed, cfg_scale=args.cfg,
                     ts=timesteps(args.steps, args.shift), size=(args.frames, *args.size), batch=args.batch,
                     negative=args.negative, cfg_low=args.cfg_low)

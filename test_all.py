@@ -9,6 +9,7 @@ import csv
 import gc
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import resource
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -515,6 +517,55 @@ def test_pairs_are_read_from_csv_json_and_jsonl_in_the_layouts_that_people_have(
     assert pairs("dpo.json", f"[{row}, {row}]").lines == [1, 2]
     chosen = pairs("dpo.jsonl", row, "", row)
     assert chosen.label[:, 3].tolist() == [1, 1] and chosen.lines == [1, 3]
+    shares = [f"p,a,b,{one},{two}" for one, two in ((0.7, 0.3), (0.2, 0.8), (0.5, 0.5), ("", ""))]
+    label = pairs("rapidata.csv", "prompt,file_name1,file_name2,weighted_results1_Coherence,"
+                  "weighted_results2_Coherence", *shares).label
+    assert label[:, 1].nan_to_num(9).tolist() == [1, -1, 0, 9] and label[:, (0, 2, 3)].isnan().all()
+    answers = [f"p,a,b,{word}" for word in ("video 1 better", "Video 2 better", "tie")]
+    label = pairs("mj.csv", "caption,video_0_path,video_1_path,overall_preference", *answers).label
+    assert label[:, 3].tolist() == [1, -1, 0]
+    clips = [{"basic": {"clip_path": name}} for name in "ab"]                   # the winner is video1
+    (tmp_path / "metadata.json").write_text(json.dumps(clips))
+    numbered = pairs("videodpo.json", json.dumps([{"frame_caption": "p", "video1": 1, "video2": 0}]))
+    assert numbered.videos == [(tmp_path / "a", tmp_path / "b")] and numbered.label[0, 3] == -1
+
+PROMPT_TABLES = {                                                               # all hold the same two prompts
+    "list.json": '["a cat, asleep", "a dog"]', "lines.txt": "a cat, asleep\n\n a dog\n",
+    "lines.json": '{"prompt": "a cat, asleep"}\n{"prompt": "a dog"}\n',
+    "bom.csv": '\ufeffprompt\n"a cat, asleep"\na dog\n',
+    "semi.csv": "prompt;n\na cat, asleep;1\na dog;2\n", "tab.data": "n\tprompt\n1\ta cat, asleep\n2\ta dog\n",
+    "csv.jsonl": 'prompt,n\n"a cat, asleep",1\na dog,2\n', "twice.csv": 'prompt\n"a cat, asleep"\n\na dog\n'}
+
+@pytest.mark.parametrize("name", PROMPT_TABLES)
+def test_the_format_of_a_table_is_in_its_content(name, tmp_path):
+    (tmp_path / name).write_text(PROMPT_TABLES[name], encoding="utf-8")
+    table = data.read_table(tmp_path / name)
+    assert [row["prompt"].strip() for _, row in table] == ["a cat, asleep", "a dog"]
+
+@pytest.mark.parametrize("text, says", [
+    ("path_A,path_B,prompt,VQ\na,b,one, two,A\n", "row 2 has more or fewer .* must stand in quotes"),
+    ("path_A,path_B,prompt,VQ\na,b,p,A\na,b\n", "row 3 has more or fewer fields"),
+    ('{"path_A": "a", "path_B": "b", "prompt": ["p"], "VQ": "A"}', "row 1: prompt is .* must be a text"),
+    ('{"path_A": "a", "path_B": "b", "prompt": "p", "VQ": {"x": 1}}', "row 1: VQ is .* must be a text"),
+    ('{"path_A": "a", "path_B": "b", "prompt": NaN, "VQ": "A"}', "row 1: prompt is NaN and must be a text"),
+    ('{"path_A": "a", "path_B": "b", "prompt": "\\ud83d", "VQ": "A"}', "prompt holds half a character"),
+    ("path_A,path_B,prompt,VQ,MOS_A_VQ\na,b,p,A,80\n", "row 2 gives 80 points.* 1 \\+ 4 x / 100 if"),
+    ("path_A,path_B,prompt,VQ,MOS_A_VQ\na,b,p,A,0\n", "row 2 gives 0 points"),
+    ("PAR1\0", "is Parquet: .*python -c")])
+def test_a_row_that_is_not_what_its_header_says_is_refused_by_its_number(text, says, tmp_path):
+    for name in "ab":
+        (tmp_path / name).touch()
+    (tmp_path / "pairs.csv").write_text(text)
+    with refusing(f"pairs.csv.*{says}"):
+        data.read_pairs(tmp_path / "pairs.csv")
+
+def test_paths_are_found_as_other_systems_spell_them(tmp_path):
+    file = tmp_path / "videos" / "caf\u00e9" / "a:b.mp4"
+    write_clips(tmp_path, [file])
+    for name in ("videos/caf\u00e9/a:b.mp4", "videos\\cafe\u0301\\a:b.mp4", "caf\u00e9\\a:b.mp4"):
+        found = data.find_video(tmp_path, name)
+        assert found.samefile(file) and data.video_info(found) == (12, 8.0, 32, 48)
+    assert data.find_video(tmp_path, "gone\\x.mp4") == tmp_path / "gone\\x.mp4"
 
 def test_the_pair_report_counts_ties_agreement_repeats_and_contradictions(tmp_path, capsys):
     rows = ["a,b,x,A,A", "b,a,x,B,B", "c,d,x,A,B", "d,c,x,A,same", "c,d,x,A,same", "a,b,y,same,", "a,d,z,,B"]
@@ -602,6 +653,55 @@ def test_a_clip_is_a_stretch_of_time_whatever_the_frame_rate_and_the_files_name(
     shutil.copy(tmp_path / "whole.mp4", tmp_path / "whole.txt")
     clips = [data.read_clip(tmp_path / name, 5, (16, 16)) for name in ("whole.mp4", "whole.txt", "slow.mp4")]
     assert torch.equal(clips[0], clips[1]) and clips[2].shape == clips[0].shape == (3, 5, 16, 16)
+
+def test_a_video_is_read_as_players_show_it(tmp_path):
+    grey = np.stack([np.full((32, 48, 3), 20 * k, np.uint8) for k in range(12)])
+    grey[:, :, 24:] += 30                                                       # darker on the left
+    film(tmp_path / "plain.mp4", grey)
+    film(tmp_path / "wide.mp4", grey, aspect=2)
+    film(tmp_path / "cover.mkv", grey, cover=True)
+    content = bytearray((tmp_path / "plain.mp4").read_bytes())                  # as phones do, with a matrix
+    place = content.index(b"tkhd") + 44
+    content[place:place + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(content)
+    plain, turned = (data.read_video(tmp_path / f"{name}.mp4")[0] for name in ("plain", "turned"))
+    assert np.array_equal(turned, np.rot90(plain, -1, axes=(1, 2)))             # a quarter turn clockwise
+    assert data.video_info(tmp_path / "turned.mp4") == (12, 25.0, 48, 32)
+    assert data.video_info(tmp_path / "wide.mp4") == (12, 25.0, 32, 96)
+    assert data.read_video(tmp_path / "wide.mp4", [3])[0].shape == (1, 32, 96, 3)
+    assert np.array_equal(data.read_video(tmp_path / "cover.mkv")[0], plain)
+    film(tmp_path / "uneven.mp4", grey, ms=[0, 100, 200, 300, 320, 340, 360, 380, 400, 700, 800, 900])
+    shown = [0, 0, 1, 1, 2, 3, 6, 8, 8]                                         # at k / 16 s
+    assert data.clip_frames(tmp_path / "uneven.mp4", 9).tolist() == shown
+
+@pytest.mark.parametrize("loss", ["eval", "btt", "dpo"])
+def test_a_video_is_bad_in_three_ways_and_left_out_in_each(loss, qwen, wan, tmp_path, capsys):
+    import av
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(qwen[0] / name, tmp_path)
+    content = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[:900])
+    with av.open(str(tmp_path / "a.mp4")) as container:                         # it opens and then breaks
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    for place, size in packets[1:]:
+        content = content[:place + 4] + bytes(size - 4) + content[place + size:]
+    (tmp_path / "late.mp4").write_bytes(content)
+    both = "ab", "ba", ("a", "gone"), ("cut", "b"), ("a", "late")
+    rows = [f"{a}.mp4,{b}.mp4,p {a} {b},A,B,A" for a, b in both]
+    (tmp_path / "p.csv").write_text("\n".join(["path_A,path_B,prompt,VQ,MQ,TA", *rows]))
+    own = dict(pairs=f"{tmp_path}/p.csv", skip_bad=True, cache=f"{tmp_path}/cache")
+    if loss == "dpo":
+        args = wan_args(wan, "", **own, frames=9)
+        assert data.Wan(wan).encode(data.read_pairs(args.pairs, True), args).lines == [2, 3]
+    elif loss == "btt":
+        train_reward.main(qwen_args(qwen, tmp_path / "run", **own, steps=1))
+    else:
+        args = train_reward.Args(eval=f"{qwen[0]}/released", template=f"{qwen[0]}/prompt_template.py",
+                                 out=f"{tmp_path}/eval", **own)
+        assert train_reward.main(args)["reward"]["VQ"]["with"] >= 0
+        assert len((tmp_path / "eval/pairs.csv").read_text().splitlines()) == 3
+    said = capsys.readouterr().out
+    assert "skipped" in said and "bad videos" in said, said
 
 def test_the_toy_draws_judges_and_aligns_from_files(runs, tmp_path):
     drawn, file = f"{tmp_path}/drawn", f"{tmp_path}/drawn/pairs.csv"
@@ -773,20 +873,12 @@ def test_patches_are_those_of_transformers_own_processor():
         assert np.abs(x[n] - seen).max() < 1e-5, n
 
 def test_odd_videos_are_scored_or_refused_by_name(qwen, tmp_path):
-    import av
     own = released_reward(qwen)
     write_clips(tmp_path, ["portrait.mp4"], frames=8, size=(96, 32))
     write_clips(tmp_path, ["one.mp4"], frames=1)
     write_clips(tmp_path, ["narrow.mp4"], frames=4, size=(10, 2400))
     (tmp_path / "text.mp4").write_text("no video")
-    with av.open(str(tmp_path / "uneven.mkv"), "w") as container:               # in time
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-        for i, ms in enumerate((0, 40, 80, 500, 1500, 1540, 2000)):
-            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 30 * i, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = ms, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    film(tmp_path / "uneven.mkv", np.full((7, 64, 64, 3), 30, np.uint8), (0, 40, 80, 500, 1500, 1540, 2000))
     for name in ("portrait.mp4", "one.mp4", "uneven.mkv"):
         assert own.score([tmp_path / name], ["p"]).isfinite().all()
     for name in ("narrow.mp4", "text.mp4"):
@@ -958,6 +1050,13 @@ def test_the_command_in_config_json_makes_the_same_files_again(name, runs, tmp_p
     assert first.pop(Path("mine.txt")) and len(first) > 2 and first.keys() == again.keys()
     assert timeless_log(tmp_path / "run.1") == timeless_log(tmp_path / "run")
     assert all(first[name] == again[name] for name in first if name.name != "log.jsonl")  # the clock is in it
+
+def test_a_console_that_cannot_spell_a_name_still_prints(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    data.launch(lambda args: print("\u65e5\u672c.mp4", 0.5), train_reward.Args, "", [])
+    console.flush()
+    assert console.buffer.getvalue() == b"\\u65e5\\u672c.mp4 0.5\n"
 
 def test_without_git_a_run_has_no_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -1237,6 +1336,19 @@ def test_dpo_on_wan_trains_a_lora_that_diffusers_loads_to_the_same_model(wan):
     pipe.load_lora_weights(str(wan / "dpo"), weight_name="lora.safetensors")
     expected = pipe.transformer(x, 1000 * t, text).sample
     assert (v - expected).norm() < 1e-5 * expected.norm()
+
+def test_a_run_whose_base_moved_is_sampled_with_its_new_place(wan, tmp_path):
+    shutil.copytree(wan, tmp_path / "there", ignore=shutil.ignore_patterns("dpo", "runs"))
+    train_align.main(wan_args(tmp_path / "there", "run", cache=f"{tmp_path}/cache", steps=1))
+    x, t, text = torch.randn(1, 16, 2, 4, 6), tensor([0.3]), torch.randn(1, 7, 24)
+    expected = sample.load_model(tmp_path / "there/run")(x, t, text)
+    here = (tmp_path / "there").rename(tmp_path / "here")
+    with refusing("there does not exist"):
+        sample.load_model(here / "run")
+    assert torch.equal(sample.load_model(here / "run", base=str(here))(x, t, text), expected)
+    sample.main(sample.Args(ckpt=[f"{here}/run"], model=str(here), prompt=["a cat"], frames=5, size=(32, 48),
+                            steps=1, out=f"{tmp_path}/drawn"))
+    assert (tmp_path / "drawn/000.mp4").exists()
 
 def test_sft_and_dpo_run_in_bf16_and_checkpointing_moves_no_digit(wan):
     for name, changes in (("sft", dict(loss="sft", dtype="bf16")), ("half", dict(dtype="bf16")),
@@ -1565,6 +1677,18 @@ train_align   --model {wan} --labels human                         is no toy of 
 train_align   --model {wan} --frames 6                             4k + 1 frames
 sample        --model {wan} --prompt p --size 30,30                give multiples of 16
 sample        --model {wan} --eval 4                               are of Shapes world
+sample        --model {text_encoder} {draw}                        git lfs pull
+sample        --model {tokenizer} {draw}                           git lfs pull
+sample        --model {vae} {draw}                                 git lfs pull
+sample        --model {transformer} {draw}                         git lfs pull
+sample        --model {half} {draw}                                lacks 2 tensors
+sample        --model {wan}/transformer/diffusion_pytorch_model.safetensors {draw}  is a file
+sample        --model {wan} {draw} --lora {empty}                  is a folder
+train_align   --model {wan} --pairs {folder}                       empty is a folder, a video file is needed
+train_reward  --model {base_pointer} --pairs {prefs}               git lfs pull
+train_reward  --model {qwen25} --pairs {prefs}                     only Qwen2-VL
+reward        --video {clip} --prompt p --ckpt {released}/checkpoint-30  name its parent
+reward        --video {pointer} --prompt p --ckpt {released}       git lfs pull
 """
 
 @pytest.mark.parametrize("script", [train_align, train_reward, sample, reward], ids=lambda m: m.__name__)
@@ -1577,7 +1701,8 @@ def test_what_the_user_can_mend_ends_in_one_line_and_status_2(script, spoiled, m
         words, says = shlex.split(line.format(**names)), says.format(**names)
         with pytest.raises(SystemExit) as stop:
             data.launch(*entry(script, words), script.__doc__, words)
-        said = re.sub(r"[^\n]*\r", "", capsys.readouterr().err).strip().splitlines()        # without bars
+        said = re.sub(r"[^\n]*(\r|100%.*\n)", "", capsys.readouterr().err)      # without bars
+        said = said.strip().splitlines()
         if stop.value.code != 2 or len(said) != 1 or not said[0].startswith("error:") or says not in said[0]:
             wrong.append(f"{line}: said {said}")
         after = sorted(root.rglob("*"))
@@ -1668,6 +1793,26 @@ def write_clips(folder, names, frames=12, size=(32, 48), fps=8):
         video[k % 3, :, 8:20, 8 + k:24 + k] = 0.9
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         data.write_video(folder / name, video, fps)
+
+def film(path, frames, ms=None, aspect=1, cover=False):
+    """A video file of frames (T, H, W, 3) at 25 a second, or at these ms; its pixels are aspect times as wide
+    as high; before it a cover picture.
+    """
+    import av
+    with av.open(str(path), "w") as container:
+        picture = container.add_stream("mjpeg", width=16, height=16, pix_fmt="yuvj420p") if cover else None
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        stream.codec_context.time_base = Fraction(1, 1000 if ms else 25)
+        if cover:
+            container.mux(picture.encode(av.VideoFrame(16, 16, "yuvj420p")))
+        for i, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if ms:
+                frame.pts, frame.time_base = ms[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 class Killed(BaseException):
     """In the place of SIGKILL, which leaves no time to clean up either."""
@@ -1875,7 +2020,8 @@ SPOILED_FILES = {                                                               
     "p7": f'{HEAD}"a\nb.mp4",a.mp4,p,A\n', "p8": f"{HEAD}a.mp4,a.mp4,{'long ' * 30000},A\n",
     "p9": f'{HEAD}a.mp4,a.mp4,"open,A\n', "unread": f"{HEAD}a.mp4,text.mp4,p,A\n", "file": "",
     "text.mp4": "no video", "blank": f"prompt,x\n{PROMPTS[0]},1\n ,2\n", "broken/config.json": '{"args": ',
-    "runs/cache/seen.jsonl": "",                                                # what is known of read files
+    "runs/cache/seen.jsonl": "", "folder": f"{HEAD}a.mp4,empty,p,A\n",
+    "pointer": f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 5676070424\n",
     "nothing/config.json": '{"args": {}}', "nothing/eval.json": "{}",
     "won/config.json": '{"args": {"rg_scale": 1, "nrg": "x"}}', "won/eval.json": '{"win_rate": {"VQ": 1}}'}
 
@@ -1885,6 +2031,18 @@ def spoiled(runs, qwen, wan, tmp_path_factory):
     root, source = tmp_path_factory.mktemp("spoiled"), qwen[0]
     write_clips(root, ["a.mp4"])
     (root / "empty").mkdir()
+    for part, file in (("text_encoder", "model.safetensors"), ("tokenizer", "tokenizer.json"),
+                       ("vae", "diffusion_pytorch_model.safetensors"), ("transformer", "config.json")):
+        shutil.copytree(wan, root / part)
+        (root / part / part / file).write_text(SPOILED_FILES["pointer"])
+    for name in ("base_pointer", "qwen25"):
+        shutil.copytree(source / "base", root / name)
+    (root / "base_pointer/model.safetensors").write_text(SPOILED_FILES["pointer"])
+    data.write_json(root / "qwen25/config.json", read(source / "base/config.json") | {"model_type": "qwen2_5_vl"})
+    shutil.copytree(wan, root / "half")
+    tensors, metadata = read_tensors(root / "half/text_encoder/model.safetensors")
+    tensors = {k: v.clone() for k, v in tensors.items() if "layer.0.SelfAttention.q" not in k}
+    model_file.save_tensors(tensors, root / "half/text_encoder/model.safetensors", metadata)
     for name, text in SPOILED_FILES.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(text.encode("latin-1"))
@@ -1908,7 +2066,8 @@ def spoiled(runs, qwen, wan, tmp_path_factory):
     names = {path.name: path for path in root.iterdir()} | dict(
         root=root, wan=wan, base=source / "base", released=source / "released", clip=source / "a.mp4",
         template=source / "prompt_template.py", prefs=prefs(qwen), plain=prefs(qwen, "plain.csv", mos=False))
-    return root, names | {"ask": f"--video {names['clip']} --prompt p --ckpt {names['released']}"}
+    return root, names | {"ask": f"--video {names['clip']} --prompt p --ckpt {names['released']}",
+                          "draw": "--prompt p --frames 5 --size 32,48 --steps 1"}
 
 @pytest.fixture(scope="module")
 def good(runs, tmp_path_factory):
