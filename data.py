@@ -1232,7 +1232,7 @@ def remembered(file, keys, function, desc):
         if known[key] is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "a", encoding="utf-8") as lines:
-                lines.write(f"\n{json.dumps([key, known[key]])}\n")             # the first \n ends a line cut short
+                lines.write(f"\n{json.dumps([key, known[key]])}\n")             # the first \n ends a cut line
     return {key: known[key] for key in keys}
 
 

@@ -470,7 +470,7 @@ RECIPES = recipes(("shapes", "wan", "wan-14b", "wan-2.2-a14b", "wan-2.2-5b"), {
 
 @dataclass
 class Args:
-    model: str = "assets/base"              # the model: a run folder, or a Wan folder or hub repository
+    model: str = "assets/base"              # the model: a run folder, or Wan's folder or hub repository
     ckpt: list = ()               # run folder of an aligned model, in place of --model; A14B: of both experts
     lora: list = ()                 # LoRA file to put on the model; A14B: the high expert's and the low one's
     prompt: list = ()                       # what to draw

@@ -61,7 +61,7 @@ ONLY = {"beta": ("dpo",), "beta_schedule": ("dpo",), "tau": ("rwr",)}         # 
 @dataclass
 class Args:
     loss: Literal["dpo", "sft", "rwr", "pretrain"] = "dpo"  # the objective
-    model: str = "assets/base"           # the model to align: a run folder, or a Wan folder or hub repository
+    model: str = "assets/base"           # the model to align: a run folder, or Wan's folder or hub repository
     expert: Literal["high", "low"] | None = None  # Wan 2.2 A14B: which of its two; high is of t from 0.875 up
     pairs: str = ""                         # CSV or JSONL of pairs; unset: Shapes world's renderers make them
     labels: Literal["reward", "human", "oracle"] | None = None  # unset: a file's labels, else the reward
