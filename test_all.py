@@ -482,11 +482,11 @@ def test_the_shipped_weights_are_small_and_of_this_world():
         assert metadata["command"].startswith("python train_")
 
 def test_the_shipped_base_draws_well_and_the_shipped_reward_tells_good_from_bad():
-    prompts = data.prompts_of("eval", 36)
+    prompts = data.prompts_of("eval", 24)
     steps, shift, scale = (sample.RECIPES[name]["shapes"] for name in ("steps", "shift", "cfg"))
     videos = sample.toy_videos(sample.load_model("assets/base"), prompts, 0, steps, shift, cfg_scale=scale)
     share = oracle(videos, prompts).mean(0) / oracle(*data.flawed_videos(200, None, rng(0))).mean(0)
-    assert (share > 0.7).all(), share                                           # 36 leave room for chance
+    assert (share > 0.7).all(), share                                           # 24 leave room for chance
     pairs = data.toy_pairs(200, "eval", seed=1)
     d = -reward.load_reward("assets/reward").score_pairs(data.Shapes(), pairs, None).diff(dim=1)[:, 0]
     assert all(reward.accuracy_without_ties(pairs.label[:, k], d[:, k]) > 0.65 for k in range(3))
@@ -594,13 +594,13 @@ def test_labels_decide_by_their_sign_and_ties_are_dropped():
     assert len(rows) == 60 and (r[:, 0] >= r[:, 1]).all()
 
 def test_on_policy_pairs_are_the_best_and_the_worst_of_what_a_model_drew_itself(runs, tmp_path):
-    draw(runs, "own", prompts="train", n_per_prompt=3, steps=2, cfg=1.0, reward="oracle")
+    draw(runs, "own", prompts="train", n_per_prompt=2, steps=2, cfg=1.0, reward="oracle")
     pairs = data.Shapes().encode(data.read_pairs(runs / "own/pairs.csv"), train_align.Args())
     assert pairs.prompts == data.prompts_of("train") and (pairs.label[:, 3] == 1).all()
-    prompts = [p for p in pairs.prompts for _ in range(3)]
+    prompts = [p for p in pairs.prompts for _ in range(2)]
     own = sample.toy_videos(sample.load_model(runs / "base"), prompts, 0, 2)
-    r = data.overall(normalised(oracle(own, prompts))).view(45, 3)
-    own, rows = data.to_uint8(own).view(45, 3, *own.shape[1:]).float(), torch.arange(45)
+    r = data.overall(normalised(oracle(own, prompts))).view(45, 2)
+    own, rows = data.to_uint8(own).view(45, 2, *own.shape[1:]).float(), torch.arange(45)
     for place, i in ((0, r.argmax(1)), (1, r.argmin(1))):  # mp4 keeps noise within a few levels
         assert (pairs.videos[:, place] - own[rows, i]).abs().mean() < 6
     align(runs, tmp_path / "run", pairs=f"{runs}/own/pairs.csv", steps=1)
@@ -1427,16 +1427,10 @@ def test_wan_sharded_over_two_processes_trains_as_in_one_and_resumes_to_the_same
     names = "one", "whole", "cut"
     one, whole, cut = (replace(args, out=f"{tmp_path}/{x}", shard=x != "one") for x in names)
     train_align.main(replace(one))
-    torchrun(tmp_path, [whole])
+    torchrun(tmp_path, [whole, replace(cut, steps=2), replace(cut, resume=True)])
     logs = [data.read_log(tmp_path / name) for name in ("one", "whole")]
     for key in ("loss", "grad_norm"):
         assert np.allclose(*([event[key] for event in log] for log in logs), rtol=1e-3)
-    shutil.copytree(whole.out, cut.out)
-    for file in (tmp_path / "cut/lora.safetensors", max((tmp_path / "cut").glob("state-*"))):
-        file.unlink()                                                           # as if killed after step 2
-    config = tmp_path / "cut/config.json"
-    config.write_text(config.read_text().replace(whole.out, cut.out))
-    torchrun(tmp_path, [replace(cut, resume=True)])
     assert_near(*(weights(tmp_path / name / "lora.safetensors") for name in ("whole", "cut")), 0)
 
 def test_a_latent_reward_of_wan_computes_in_bf16_and_its_gradient_is_fp32(wan):
@@ -1837,7 +1831,7 @@ def torchrun(folder, runs):
     code = "import sys, train_align as t\nfor args in eval(sys.argv[1], vars(t)):\n    t.main(args)\n"
     (folder / "two.py").write_text(code)
     subprocess.run([*TORCHRUN, folder / "two.py", repr(runs)], env=os.environ | {"PYTHONPATH": str(HERE)},
-                   check=True, capture_output=True)
+                   check=True)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
