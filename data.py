@@ -441,10 +441,10 @@ def read_table(path):
             code = f"import pandas; pandas.read_parquet('{path}').to_csv('{path.with_suffix('.csv')}')"
             raise UserError(f"{path} is Parquet: with pandas, make it a CSV by python -c {shlex.quote(code)}")
         text = content.decode("utf-8-sig")
-        if text.lstrip()[:1] in ("[", "{"):
+        lines, is_txt = text.splitlines(), path.suffix.lower() == ".txt"
+        if text.lstrip()[:1] in ("[", "{") and not (is_txt and text.rstrip()[-1] not in "]}"):
             return read_json_rows(path, text)
-        lines = text.splitlines()
-        if path.suffix.lower() == ".txt":
+        if is_txt:                                                          # a prompt may begin with [
             return [(n, {"prompt": line}) for n, line in enumerate(lines, 1) if line.strip()]
         separator = max(",;\t|", key=lines[0].count) if lines else ","
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)

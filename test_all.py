@@ -542,6 +542,11 @@ def test_the_format_of_a_table_is_in_its_content(name, tmp_path):
     table = data.read_table(tmp_path / name)
     assert [row["prompt"].strip() for _, row in table] == ["a cat, asleep", "a dog"]
 
+def test_a_prompt_in_a_text_file_may_begin_with_a_bracket(tmp_path):
+    (tmp_path / "p.txt").write_text("[wide shot] a cat\n{slow} a dog\n")
+    prompts = [row["prompt"] for _, row in data.read_table(tmp_path / "p.txt")]
+    assert prompts == ["[wide shot] a cat", "{slow} a dog"]
+
 @pytest.mark.parametrize("text, says", [
     ("path_A,path_B,prompt,VQ\na,b,one, two,A\n", "row 2 has more or fewer .* must stand in quotes"),
     ("path_A,path_B,prompt,VQ\na,b,p,A\na,b\n", "row 3 has more or fewer fields"),
