@@ -442,9 +442,9 @@ def read_table(path):
             raise UserError(f"{path} is Parquet: with pandas, make it a CSV by python -c {shlex.quote(code)}")
         text = content.decode("utf-8-sig")
         lines, is_txt = text.splitlines(), path.suffix.lower() == ".txt"
-        if text.lstrip()[:1] in ("[", "{") and not (is_txt and text.rstrip()[-1] not in "]}"):
-            return read_json_rows(path, text)
-        if is_txt:                                                          # a prompt may begin with [
+        if text.lstrip()[:1] in ("[", "{") and (not is_txt or text.rstrip()[-1] in "]}"):
+            return read_json_rows(path, text)                               # a prompt may begin with [
+        if is_txt:
             return [(n, {"prompt": line}) for n, line in enumerate(lines, 1) if line.strip()]
         separator = max(",;\t|", key=lines[0].count) if lines else ","
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -879,8 +879,8 @@ class Wan:
         names = "vae", "text_encoder", "tokenizer"
         configs = [f"{name}/*.json" for name in (*names, "transformer")]
         self.folder = fetch(path, ["model_index.json", *configs])
-        for file in self.folder.glob("*/*"):
-            check_pointer(file)
+        for file in (file for name in names for file in self.folder.glob(f"{name}/*")):
+            check_pointer(file)                                                 # they are loaded late
         missing = [name for name in names if not (self.folder / name).is_dir()]
         if missing:
             raise UserError(f"{path} holds no {', '.join(missing)}: take a folder or hub repository in "
@@ -1227,12 +1227,14 @@ def remembered(file, keys, function, desc):
             known[tuple(key)] = value
         except (ValueError, TypeError):                                         # cut short by an interruption
             continue
+    end = "\n"                                                                  # of a line that was cut short
     for key in progress([key for key in dict.fromkeys(keys) if key not in known], desc):
         known[key] = function(key)
         if known[key] is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "a", encoding="utf-8") as lines:
-                lines.write(f"\n{json.dumps([key, known[key]])}\n")             # the first \n ends a cut line
+                lines.write(f"{end}{json.dumps([key, known[key]])}\n")
+            end = ""
     return {key: known[key] for key in keys}
 
 

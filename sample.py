@@ -540,7 +540,7 @@ def file_names(args, rows):
         return [f"{i:03}" for i in range(len(rows) * args.n_per_prompt)]
     names, count = [], Counter()
     for row in rows:
-        short = re.sub(r"[/\x00-\x1f]", " ", (row.get("prompt_shorter") or row["prompt"]).strip())
+        short = re.sub(r"[/\x00-\x1f]", " ", row.get("prompt_shorter") or row["prompt"])
         short = short.encode()[:180].decode(errors="ignore")               # a file name has 255 bytes at most
         for _ in range(args.n_per_prompt):
             names.append(f"{short}-{count[short]}")
@@ -551,8 +551,8 @@ def file_names(args, rows):
 def trained_on(ckpt):
     """The prompts of the pairs files that the runs ckpt were aligned with, as far as they can tell."""
     files = [run_args(path).get("pairs") for path in ckpt]
-    rows = [row for file in files if file and Path(file).exists() for _, row in read_table(file)]
-    return {row.get("prompt", "").strip() for row in rows}
+    return {text_of(file, line, row, "prompt") for file in files if file and Path(file).exists()
+            for line, row in read_table(file)}
 
 
 def check(args, world):

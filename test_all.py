@@ -41,7 +41,8 @@ import reward
 import sample
 import train_align
 import train_reward
-from data import DEFECTS, DIMS, GROUND, PROMPTS, attributes, clean_videos, normalised, oracle, render, rng
+from data import DEFECTS, DIMS, DTYPES, GROUND, PROMPTS, attributes, clean_videos, normalised, oracle, render
+from data import rng
 from losses import beta_schedule, bt, btt, flow_dpo, flow_rwr, flow_sft, masked_mean, mix, regression
 from losses import velocity_error
 from model import PRESETS, UserError, VideoDiT, add_lora, load_lora, lora_disabled, read_tensors, save_lora
@@ -2167,7 +2168,6 @@ class Bench:
     profile: bool = False                   # print which operations each eager step's time goes to
 
 SMALL = model_file.Config(dim=384, ffn_dim=2240, text_dim=512, num_heads=3, num_layers=4)  # as 1.3B
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Of (linear maps, attention). A backward pass costs its forward pass twice, for inputs and for weights,
 # which LoRA's frozen ones do not need. DPO: two videos through the policy, there and back, and through the
 # reference. What is computed again because of checkpointing does not count.
