@@ -1,6 +1,8 @@
 """Everything between files and tensors: Shapes world, preference pairs, videos, the two worlds, runs.
 
-    python data.py         writes shapes.png: good and bad videos of Shapes world with their oracle scores
+    python data.py                      shapes.png: good and bad videos of Shapes world, with oracle scores
+    python data.py label pairs.csv      a page on which a person says which of two videos is better
+    python data.py label runs/a runs/b  the same of two folders, file by file of equal name
 
 Shapes world is a world small enough for two CPU cores in which the true quality of a video is known exactly:
 one soft-edged shape on a dark ground, 6 colours x 3 shapes x 4 directions, twelve renderers with different
@@ -34,6 +36,7 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import lru_cache, partial, wraps
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -752,6 +755,20 @@ def contact_sheet(path, rows, max_frames=8):
         sheet.paste(strip, (c * width + 4, r * (height + 20) + 2))
         pen.text((c * width + 4, r * (height + 20) + height + 3), caption, fill="black")
     sheet.save(path, optimize=True)
+
+
+def label_page(path, pairs, sides=("A", "B")):
+    """Write an HTML page on which a person judges pairs [(prompt, A, B)] of video files in a browser, and
+    saves a CSV that read_pairs reads; sides: what A and B are, for its count of wins.
+    """
+    def address(file):
+        return quote(Path(os.path.relpath(Path(file).resolve(), path.resolve().parent)).as_posix())
+    rows = [{"prompt": prompt, "videos": [address(file) for file in videos]} for prompt, *videos in pairs]
+    files = [fingerprint(file) for _, *videos in pairs for file in videos]  # drawn anew, they are judged anew
+    page = json.dumps({"id": short_hash(rows, files), "sides": sides, "pairs": rows}).replace("<", "\\u003c")
+    template = (HERE / "assets" / "label.html").read_text(encoding="utf-8")
+    path.write_text(template.replace(">PAIRS<", f">{page}<"), encoding="utf-8")
+    print(f"wrote {path}: open it in a browser to say which of {len(rows)} pairs' videos is better")
 
 
 def caption_of(score):
@@ -1812,8 +1829,32 @@ def shapes_sheet(path):
     contact_sheet(path, rows)
 
 
+def main(args):
+    """Write the labelling page of a pairs file or of two folders; without either, shapes.png."""
+    paths = [Path(path) for path in args.label]
+    if not paths:
+        shapes_sheet("shapes.png")
+        print("wrote shapes.png: twelve renderers, and the same prompts without flaws, with oracle scores")
+    elif len(paths) == 1:
+        pairs = read_pairs(paths[0])
+        rows = [(prompt, *videos) for prompt, videos in zip(pairs.prompts, pairs.videos)]
+        label_page(paths[0].with_suffix(".html"), rows)
+    elif len(paths) == 2:
+        names = sorted(set.intersection(*({file.name for file in folder.glob("*.mp4")} for folder in paths)))
+        if not names:
+            raise UserError(f"{paths[0]} and {paths[1]} share no .mp4 of equal name, such as <prompt>-0.mp4")
+        prompts = [re.sub(r"-\d+$", "", Path(name).stem) for name in names]
+        pairs = [(prompt, *(folder / name for folder in paths)) for prompt, name in zip(prompts, names)]
+        label_page(paths[0].absolute().parent / "label.html", pairs, [str(path) for path in paths])
+    else:
+        raise UserError("label takes a pairs file or two folders")
+
+
+@dataclass
+class Args:
+    label: list = ()       # a pairs file, or two folders of .mp4 with equal names: write the labelling page
+
+
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        raise SystemExit("error: python data.py takes no arguments: it draws shapes.png")
-    shapes_sheet("shapes.png")
-    print("wrote shapes.png: twelve renderers and the same prompts without flaws, with their oracle scores")
+    words = sys.argv[1:]
+    launch(main, Args, __doc__, ["--label", *words[1:]] if words[:1] == ["label"] else words)

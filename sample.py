@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from data import (DIMS, DTYPES, FRAMES, PROMPTS, RANK, RANKS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
-                  caption_of, check_out, check_world, clean_videos, contact_sheet, fill, gather_rows, launch,
-                  lineage, markdown, metadata_of, normalised, on_rank_0, oracle, overall, pretrained,
-                  progress, read_log, read_table, recipes, rng, run_args, start_of, start_ranks, text_of,
+                  caption_of, check_out, check_world, clean_videos, contact_sheet, fill, gather_rows,
+                  label_page, launch, lineage, markdown, metadata_of, normalised, on_rank_0, oracle, overall,
+                  pretrained, progress, read_log, read_table, recipes, rng, run_args, start_of, start_ranks, text_of,
                   to_float, to_uint8, weights_file, with_overall, world_of, write_json, write_video)
 from model import (Experts, UserError, VideoDiT, find, load_lora, lora_disabled, read_json, read_tensors,
                    save_tensors)
@@ -639,6 +639,10 @@ def main(args):
                 result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "n": len(prompts),
                           "pixels": pixels, "pixels_start": pixels_start}
                 on_rank_0(write_result)(run.folder, result)
+        to_label = pairs_to_label(run.folder, rest[0], prompts, args.n_per_prompt, args.against)
+        if to_label:
+            sides = (run.folder.name, args.against) if args.against else ("A", "B")
+            on_rank_0(label_page)(run.folder / "label.html", to_label, sides)
     if ratios:
         by_step = [np.mean(ratios[k::args.steps - 1]) for k in range(args.steps - 1)]
         print("guidance / velocity, by step:", " ".join(f"{ratio:.2f}" for ratio in by_step))
@@ -689,6 +693,17 @@ def write_pairs(path, names, prompts, r, n):
                 best, worst = ids[r[ids].argmax()], ids[r[ids].argmin()]
                 rows.writerow([prompts[i], f"{names[best]}.mp4", f"{names[worst]}.mp4"])
     print(f"the best and the worst of each prompt: train_align.py --pairs {path}")
+
+
+def pairs_to_label(folder, names, prompts, n, against):
+    """[(prompt, A, B)] for a person to judge: each video beside the start model's or, of n > 1 videos a
+    prompt, beside the next.
+    """
+    files = [folder / f"{name}.mp4" for name in names]
+    if against:
+        return [(prompt, file, folder / "start" / file.name) for prompt, file in zip(prompts, files)]
+    return [(prompts[i], files[i + k], files[i + k + 1])
+            for i in range(0, len(files), n) for k in range(0, n - 1, 2)]
 
 
 if __name__ == "__main__":

@@ -1728,6 +1728,91 @@ def test_damaged_files_are_read_or_refused_in_one_line(good, n=12, seed=0):
                 (root / name).write_bytes(content)
     assert min(outcomes.values()) > n, outcomes
 
+def label_page(folder):
+    """A Playwright page of Debian's Chromium, and the folder's label.html of four pairs of tiny videos of odd
+    prompts, opened in it.
+    """
+    api, chromium = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    prompts = ["say \"hi\", <b>bold</b> & 'x'", "красный круг 赤い丸", "</script><script>alert(1)", "a, b; #c?%d"]
+    for side in "ab":
+        (folder / side).mkdir()
+        for i, prompt in enumerate(prompts):
+            name = f"{prompt.replace('/', ' ')}-{i}.mp4"
+            data.write_video(folder / side / name, torch.rand(3, 8, 16, 16) * 2 - 1, 8)
+    table = folder / "pairs.csv"
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["prompt", "chosen", "rejected"])
+        for i, prompt in enumerate(prompts):
+            rows.writerow([prompt, *(f"{side}/{prompt.replace('/', ' ')}-{i}.mp4" for side in "ab")])
+    return api, chromium, prompts
+
+
+def test_a_person_labels_pairs_in_a_browser_and_training_reads_what_was_saved(tmp_path):
+    api, chromium, prompts = label_page(tmp_path)
+    data.main(data.Args([str(tmp_path / "pairs.csv")]))
+    with api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto((tmp_path / "pairs.html").as_uri())
+        shown, faults = [], []
+        page.on("pageerror", lambda fault: faults.append(str(fault)))
+        page.wait_for_function("[...videos].every(v => v.currentTime > 0)")       # both play
+        swapped = page.evaluate("state.swapped")
+        shown.append(page.locator("h1").inner_text())
+        for key in "168":                                                         # VQ A, MQ B, TA same
+            page.keyboard.press(key)
+        page.keyboard.press("n")
+        shown.append(page.locator("h1").inner_text())
+        page.locator("fieldset").nth(0).get_by_text("B").click()                  # by mouse
+        page.locator("#next").click()
+        page.reload()                                                             # in the middle
+        assert page.locator("#place").inner_text() == "Pair 3 of 4"
+        assert page.evaluate("state.swapped") == swapped
+        shown.append(page.locator("h1").inner_text())
+        page.keyboard.press("1")
+        page.locator("#back").click()
+        assert page.locator("fieldset").nth(0).get_by_label("B").is_checked()     # it was kept
+        page.keyboard.press("n")
+        page.locator("#skip").click()                                             # the third is not judged
+        shown.append(page.locator("h1").inner_text())
+        page.keyboard.press("Tab")                                                # by keyboard alone: the
+        page.keyboard.press("Space")                                              # first answer, then "same"
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Enter")
+        assert page.locator("#results").is_visible() and page.locator("#wins").inner_text().count("%") >= 2
+        with page.expect_download() as download:
+            page.locator("#save").click()
+        download.value.save_as(tmp_path / "elsewhere/pairs.csv")
+        browser.close()
+    assert shown == prompts and not faults
+    pairs = data.read_pairs(tmp_path / "elsewhere/pairs.csv")
+    assert pairs.prompts == [prompts[0], prompts[1], prompts[3]]
+    assert [path.parent.name for path in map(Path, pairs.videos[0])] == ["a", "b"]
+    turn = [-1 if swap else 1 for swap in swapped]
+    assert pairs.label[:, :3].nan_to_num(9).tolist() == [[turn[0], -turn[0], 0], [-turn[1], 9, 9], [0, 9, 9]]
+
+
+def test_samples_and_folders_get_a_labelling_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(HERE)
+    prompt = PROMPTS[0]
+    shared = dict(prompt=[prompt], steps=1, cfg=1.0)
+    sample.main(sample.Args(n_per_prompt=5, out=str(tmp_path / "many"), **shared))
+    sample.main(sample.Args(against="assets/base", out=str(tmp_path / "two"), **shared))
+    many, two = (json.loads(re.search('json">(.*?)</script>', (tmp_path / name / "label.html").read_text())[1])
+                 for name in ("many", "two"))
+    assert [pair["videos"] for pair in many["pairs"]] == [["000.mp4", "001.mp4"], ["002.mp4", "003.mp4"]]
+    assert two["pairs"] == [{"prompt": prompt, "videos": ["000.mp4", "start/000.mp4"]}]
+    assert two["sides"] == ["two", "assets/base"]
+    data.main(data.Args([str(tmp_path / "many"), str(tmp_path / "two")]))
+    assert '["many/000.mp4", "two/000.mp4"]' in (tmp_path / "label.html").read_text()
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="share no .mp4"):
+        data.main(data.Args([str(tmp_path / "many"), str(tmp_path / "none")]))
+
+
 # ---- fixtures ----
 # Tiny random models in the real layouts, folders good and spoiled, and ways to kill a run. Nothing is mocked.
 
