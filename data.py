@@ -895,7 +895,7 @@ class Wan:
         self.boundary = index.get("boundary_ratio") if experts[0] else None
         if experts[0] and not isinstance(self.boundary, float):
             raise UserError(f"{path}/model_index.json has a transformer_2 and no boundary_ratio: no Wan 2.2")
-        large = dit.exists() and read_config(dit).dim == PRESETS["wan-14b"].dim
+        large = dit.exists() and read_config(read_json(dit), dit).dim == PRESETS["wan-14b"].dim
         self.recipe, self.fps = "wan-14b" if large else "wan", WAN_FPS
         if self.boundary:
             self.recipe = "wan-2.2-a14b"

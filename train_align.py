@@ -178,9 +178,8 @@ def label(args, world, pairs, device):
         if not len(usable):
             raise UserError(f"none of the {len(pairs)} pairs is decided by labels under --dim_w {args.dim_w}")
     else:
-        reward = load_reward("oracle" if args.labels == "oracle" else args.reward, template=args.template)
-        if isinstance(reward, torch.nn.Module):
-            reward.to(device)
+        path = "oracle" if args.labels == "oracle" else args.reward
+        reward = load_reward(path, template=args.template, device=device)
         r = overall(reward.score_pairs(world, pairs, args.cache), args.dim_w)
         margin = r[:, 0] - r[:, 1]
     b_wins = margin < 0
