@@ -1373,9 +1373,12 @@ def shard(model):
         module.set_force_sum_reduction_for_comms(True)                          # which gloo can do too
 
 
-def micro_batches(n, accumulate):
-    """This rank's share of the n places of a step, in the micro-batches that go through the model in turn."""
-    return torch.arange(n)[RANK::RANKS].split(-(-n // accumulate))
+def micro_batches(rows, accumulate):
+    """[(rows, their noise_samples)] of the micro-batches that go through the model in turn: this rank's share
+    of the rows (n,) of a step.
+    """
+    samples, share = noise_samples(rows), torch.arange(len(rows))[RANK::RANKS]
+    return [(rows[places], [samples[i] for i in places]) for places in share.split(-(-len(rows) // accumulate))]
 
 
 # ---- runs: randomness ----

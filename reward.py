@@ -701,7 +701,7 @@ def main(args):
     names, prompts, truth = args.video, [args.prompt] * len(args.video), None
     if reads(args.ckpt) == "files":
         if not (args.video and args.prompt):
-            raise UserError("VideoReward scores video files: name some, and by --prompt what they should show")
+            raise UserError("VideoReward scores video files: name some, and by --prompt what they shall show")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         reward = load_reward(args.ckpt, args.base, args.template, DTYPES[args.dtype], device)
         scores = reward.score(args.video, prompts, not args.raw)
@@ -712,7 +712,8 @@ def main(args):
         else:
             x0, prompts = flawed_videos(8, "eval", rng(0))
             x0, names = x0.float(), prompts
-        scores, truth = load_reward(args.ckpt).score_clean(x0, Shapes().embed(prompts)), oracle(x0, prompts)
+        scores = load_reward(args.ckpt).score_clean(x0, Shapes().embed(prompts))
+        truth = oracle(x0, prompts)
     head = ["", *DIMS, "Overall"]
     rows = [[name, *(f"{x:+.3f}" for x in r)] for name, r in zip(names, with_overall(scores).tolist())]
     if truth is not None:

@@ -27,8 +27,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import (DTYPES, FRAMES, RANKS, RENDERERS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
                   add_gradients, all_gather, check_out, command, draw_noise, embed_text, fill, flawed_videos,
-                  launch, learning_rate_scale, micro_batches, noise_samples, overall, prompts_of, recipes,
-                  render_as, report_pairs, rng, shard, start_ranks, step_rows, world_of)
+                  launch, learning_rate_scale, micro_batches, overall, prompts_of, recipes, render_as,
+                  report_pairs, rng, shard, start_ranks, step_rows, world_of)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, unshard
 from reward import check_reward, load_reward
@@ -203,7 +203,7 @@ def velocity_errors(model, x0, text, t, eps):
 
 def error_pairs(model, x0, text, t, eps, decoupled):
     """Yield (err_w, err_l), (B,) each, of the winner and the loser x0 (B, 2, C, T, H, W), such that the
-    gradients of a loss of each add up to the loss's own.
+    gradients of a loss of each yield add up to the loss's own.
 
     Together, that is once. Decoupled, the gradient of a function of two arguments is taken as the sum of its
     partial ones: the winner's error with a graph beside the loser's value, whose graph is freed by the
@@ -227,12 +227,11 @@ def rehearse(args, world, model, reference, steps, device):
     Where args.decoupled is unset it is decided here, from a decoupled micro-batch: both videos of a pair go
     through the model at once where twice its activations fit into 0.9 of the memory.
     """
-    g, B = rng("rehearsal"), 2 * args.batch if args.loss == "sft" else args.batch
-    b, shape = len(micro_batches(B, args.accumulate)[0]), world.latent_shape(args.frames, args.size)
-    x0, text, t, eps = (y.to(device) for y in (
-        torch.randn(b, 1 if args.loss == "sft" else 2, *shape, generator=g),
-        torch.randn(b, world.text_len, model.config.text_dim, generator=g),
-        torch.rand(b, generator=g), torch.randn(b, *shape, generator=g)))
+    B, videos = (2 * args.batch, 1) if args.loss == "sft" else (args.batch, 2)
+    batches = micro_batches(torch.arange(B), args.accumulate)
+    b, shape, g = len(batches[0][0]), world.latent_shape(args.frames, args.size), rng("rehearsal")
+    x0, text, t, eps = (torch.rand(size, generator=g).to(device) for size in (
+        (b, videos, *shape), (b, world.text_len, model.config.text_dim), (b,), (b, *shape)))
 
     def seconds(decoupled):
         """How long the second of two micro-batches takes: the first compiles."""
@@ -241,11 +240,8 @@ def rehearse(args, world, model, reference, steps, device):
             if args.loss == "dpo":
                 with torch.no_grad(), reference() as frozen:
                     velocity_errors(frozen, x0, text, t, eps)
-                for err_w, err_l in error_pairs(model, x0, text, t, eps, decoupled):
-                    (err_w - err_l).sum().backward()
-            else:
-                for x in x0.split(1, dim=1) if decoupled else [x0]:
-                    velocity_errors(model, x, text, t, eps).sum().backward()
+            for errors in error_pairs(model, x0, text, t, eps, decoupled):
+                sum(errors).sum().backward()
             if device == "cuda":
                 torch.cuda.synchronize()
         return time.time() - tic
@@ -253,16 +249,17 @@ def rehearse(args, world, model, reference, steps, device):
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()                                   # from here on it is training's
     before, total = memory(device)
-    spent, peak = seconds(args.decoupled is not False), memory(device)[0]
+    alone = args.decoupled is not False and args.loss != "sft"                  # which takes one video anyway
+    spent, peak = seconds(alone), memory(device)[0]
     held = 4 * (3 if args.ema else 2) * sum(p.numel() for p in model.parameters() if p.requires_grad)
     held = held / RANKS if args.shard else held                               # Adam's moments and the average
     if args.decoupled is None:
         both = before + held + 2 * (peak - before)
-        args.decoupled = args.loss != "sft" and any(all_gather(both > 0.9 * total))
-        if not args.decoupled:
+        args.decoupled = alone and any(all_gather(both > 0.9 * total))
+        if alone and not args.decoupled:
             spent, peak = seconds(False), memory(device)[0]
     model.zero_grad()
-    minutes = spent * len(micro_batches(B, args.accumulate)) * steps / 60
+    minutes = spent * len(batches) * steps / 60
     one = ", one video of a pair at a time" if args.decoupled else ""
     print(f"{spent:.2f} s a micro-batch{one}; {steps} steps take about "
           + (f"{minutes / 60:.1f} hours" if minutes > 60 else f"{minutes:.1f} minutes")
@@ -296,21 +293,19 @@ def align(args, world, device):
     epoch = -(-len(usable) // B)
     steps = args.steps = args.steps or epoch
     print(f"{len(usable)} pairs / {B} a step: {steps} steps, {steps / epoch:.2g} epochs")
+    t_range, weights = world.t_range(args.expert), torch.zeros(len(pairs), 2, device=device)
     if args.loss == "dpo":
         print(beta_elsewhere(args.beta, world.latents(pairs, [0])[0, 0].numel()))
 
     for step in run.steps(steps, model=model, average=average, optimizer=optimizer):
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(step, steps, args.warmup)
         rows = usable[step_rows(len(usable), B, args.seed, step)]
-        samples = noise_samples(rows)                                           # the noise is the row's own
         if args.loss == "rwr":          # exp(r / tau) over the whole step: what Flow-RWR makes of errors of 1
-            weights = flow_rwr(torch.ones(2 * B), r[rows].flatten(), args.tau).view(B, 2).to(device)
-        for places in micro_batches(B, args.accumulate):
-            ids = rows[places]
+            weights[rows] = flow_rwr(torch.ones(2 * B), r[rows].flatten(), args.tau).view(B, 2).to(device)
+        for ids, samples in micro_batches(rows, args.accumulate):               # this rank's share, in turn
             x0, text = world.latents(pairs, ids).to(device), world.text(pairs, ids).to(device)
-            mine = [samples[i] for i in places]
-            t, eps = draw_noise(x0.shape[2:], args.seed, step, mine, t_range=world.t_range(args.expert))
-            t, eps = t.to(device), eps.to(device)
+            t, eps = draw_noise(x0.shape[2:], args.seed, step, samples, t_range=t_range)    # for both the same
+            t, eps, details = t.to(device), eps.to(device), {}
             if args.loss == "dpo":
                 with torch.no_grad(), reference() as frozen:
                     ref_w, ref_l = velocity_errors(frozen, x0, text, t, eps).unbind(1)
@@ -320,19 +315,17 @@ def align(args, world, device):
                     (loss.sum() / B).backward()
                 gap_w, gap_l = err_w - ref_w, err_l - ref_l
                 logit = beta / 2 * (gap_l - gap_w)                              # loss = -log sigmoid(logit)
-                run.see(t=t, loss=loss, gap_w=gap_w, gap_l=gap_l, err_ref_w=ref_w, logit=logit)
+                details = dict(gap_w=gap_w, gap_l=gap_l, err_ref_w=ref_w, logit=logit)
             elif args.loss == "rwr":
-                loss = 0
-                for k in ([0], [1]) if args.decoupled else ([0, 1],):         # its two videos are independent
-                    err = velocity_errors(model, x0[:, k], text, t, eps)
-                    part = (weights[places][:, k] * err).sum(1) / 2
+                n, loss = 1 if args.decoupled else 2, 0                       # its two videos are independent
+                for x, weight in zip(x0.split(n, dim=1), weights[ids].split(n, dim=1)):
+                    part = (weight * velocity_errors(model, x, text, t, eps)).sum(1) / 2
                     (part.sum() / B).backward()
                     loss = loss + part.detach()
-                run.see(t=t, loss=loss)
             else:
                 loss = flow_sft(velocity_errors(model, x0[:, :1], text, t, eps)[:, 0])
                 (loss.sum() / B).backward()
-                run.see(t=t, loss=loss)
+            run.see(t=t, loss=loss, **details)                                  # one value a sample
         add_gradients(model.parameters())
         grad_norm = unshard(clip_grad_norm_(model.parameters(), args.max_grad_norm))
         run.check(pairs.where(rows), grad_norm)                                 # before a weight moves
@@ -367,9 +360,9 @@ def pretrain(args, device):
         videos, prompts = flawed_videos(B, None, g)
         text = embed_text(prompts)
         text[torch.rand(B, generator=g) < 0.1] = 0
-        for ids in micro_batches(B, args.accumulate):
+        for ids, samples in micro_batches(torch.arange(B), args.accumulate):
             x0 = videos[ids].float()
-            t, eps = draw_noise(x0.shape[1:], args.seed, step, ids.tolist(), logit_normal=True)
+            t, eps = draw_noise(x0.shape[1:], args.seed, step, samples, logit_normal=True)
             batch = [y.to(device) for y in (x0[:, None], text[ids], t, eps)]
             loss = flow_sft(velocity_errors(model, *batch)[:, 0])
             (loss.sum() / B).backward()

@@ -22,8 +22,9 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Size, check_out, command, draw_noise, fill, launch,
-                  learning_rate_scale, look_into, noise_samples, normalised, prompts_of, read_pairs, recipes,
-                  report_pairs, rng, step_rows, toy_pairs, true_scores, with_overall, world_of, write_json)
+                  learning_rate_scale, look_into, micro_batches, noise_samples, normalised, prompts_of,
+                  read_pairs, recipes, report_pairs, rng, step_rows, toy_pairs, true_scores, with_overall,
+                  world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
 from reward import LatentReward, VideoReward, accuracies, check_video, is_qwen, load_reward, reads
@@ -107,28 +108,20 @@ def check(args):
 # ---- scores, targets, loss ----
 
 def pair_scores(args, reward, world, pairs, rows, step, samples, t=None):
-    """Raw scores (B, 2, 3) of A and B through one forward; of latents at time t, or as pair_noise draws it
-    for samples.
+    """Raw scores (B, 2, 3) of A and B through one forward; of latents at time t or, unset, at the times of
+    these samples for a noisy reward and at 0 for a clean one.
     """
     device = reward.mean.device
     if isinstance(reward, VideoReward):
         paths, prompts = zip(*[(path, pairs.prompts[i]) for i in rows.tolist() for path in pairs.videos[i]])
         return reward(*(x.to(device) for x in reward.inputs(paths, prompts))).view(len(rows), 2, len(DIMS))
     x0, text = world.latents(pairs, rows), world.text(pairs, rows)
-    t, eps_a, eps_b = pair_noise(args, x0.shape[2:], samples, step, t)
+    drawn, eps_a = draw_noise(x0.shape[2:], args.seed, step, samples)
+    eps_b = eps_a if args.shared_noise else draw_noise(x0.shape[2:], args.seed + 1, step, samples)[1]
+    t = drawn if t is None and args.noisy else torch.full_like(drawn, t or 0.0)
     xt = torch.stack([mix(x0[:, 0], eps_a, t), mix(x0[:, 1], eps_b, t)], dim=1).flatten(0, 1)
     t, text = t.repeat_interleave(2), text.repeat_interleave(2, dim=0)          # the same for both
     return reward(xt.to(device), t.to(device), text.to(device)).view(len(rows), 2, len(DIMS))
-
-
-def pair_noise(args, shape, samples, step, t=None):
-    """(t, eps_a, eps_b) of a batch of latents of this shape. t (B,): as given, or uniform for a noisy reward
-    and 0 for a clean one.
-    """
-    drawn, eps_a = draw_noise(shape, args.seed, step, samples)
-    eps_b = eps_a if args.shared_noise else draw_noise(shape, args.seed + 1, step, samples)[1]
-    t = drawn if t is None and args.noisy else torch.full_like(drawn, t or 0.0)
-    return t, eps_a, eps_b
 
 
 @torch.no_grad()
@@ -160,9 +153,17 @@ def pair_loss(args, r, target):
     return masked_mean(btt(d, target, args.tie) if args.loss == "btt" else bt(d, target), target)
 
 
-def can_see(pairs, args):
-    """The Pairs whose videos a VideoReward can see to the end, see look_into."""
-    return look_into(pairs, args, "seen.jsonl", check_video)[0]
+def read_files(args, world):
+    """The Pairs of args.pairs whose videos can be used, all looked into: with a world, by its autoencoder,
+    else to their end by a VideoReward. UserError where there is nothing to learn from.
+    """
+    pairs = read_pairs(args.pairs, args.skip_bad)
+    if not args.eval:
+        targets(args, pairs)
+    if world is None:
+        return look_into(pairs, args, "seen.jsonl", check_video)[0]
+    world.latent_shape(args.frames, args.size)
+    return world.look_into(pairs, args)
 
 
 def split_prompts(args, pairs):
@@ -201,21 +202,17 @@ def train(args, kind, device):
     """Train, normalise on validation prompts, evaluate on held-out ones; returns what eval.json holds."""
     world = None if kind == "files" else world_of(args.model, device)
     if kind != "shapes":                                                        # files are refused first
-        if world:
-            world.latent_shape(args.frames, args.size)
-        pairs = read_pairs(args.pairs, args.skip_bad)
-        targets(args, pairs)
-        pairs = world.look_into(pairs, args) if world else can_see(pairs, args)
-        train_rows, val_rows = split_prompts(args, pairs)
+        pairs = read_files(args, world)
+        split_prompts(args, pairs)
     reward = new_reward(args, kind, device)
     run = Run(args, device)
     if kind == "shapes":
         pairs = toy_pairs(args.n_pairs, "train", args.seed, args.label_noise)
-        train_rows, held_out = torch.arange(len(pairs)), prompts_of("eval")
-    elif kind == "wan":
-        pairs = world.encode(pairs, args)
+        val = toy_pairs(args.n_eval, "val", args.seed)
+        train_rows, val_rows, held_out = torch.arange(len(pairs)), torch.arange(len(val)), prompts_of("eval")
+    else:
+        val = pairs = world.encode(pairs, args) if world else pairs
         train_rows, val_rows = split_prompts(args, pairs)                       # without the bad ones
-    if kind != "shapes":
         held_out = [pairs.prompts[i] for i in val_rows]
     report_pairs(pairs.subset(train_rows), held_out)
     target, history = targets(args, pairs), []
@@ -227,17 +224,15 @@ def train(args, kind, device):
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(step, args.steps, warmup, decay)
         rows = train_rows[step_rows(len(train_rows), args.batch, args.seed, step)]
         labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0
-        samples = noise_samples(rows)
-        for places in torch.arange(len(rows)).chunk(args.accumulate):
-            ids = rows[places]
-            r = pair_scores(args, reward, world, pairs, ids, step, [samples[i] for i in places])
+        for ids, samples in micro_batches(rows, args.accumulate):
+            r = pair_scores(args, reward, world, pairs, ids, step, samples)
             share = (~target[ids].isnan()).sum() / labelled           # so that parts add up to the whole mean
             part = share.to(device) * pair_loss(args, r, target[ids].to(device))
             part.backward()
             loss = loss + part.detach()
         grad_norm = clip_grad_norm_(reward.parameters(), 1.0)
         run.see(loss=loss[None])
-        t = None if kind == "files" else pair_noise(args, (), samples, step)[0].tolist()
+        t = draw_noise((), args.seed, step, noise_samples(rows))[0].tolist() if args.noisy else None
         run.check(pairs.where(rows), grad_norm, t=t)                            # before a weight moves
         optimizer.step()
         optimizer.zero_grad()
@@ -248,21 +243,17 @@ def train(args, kind, device):
             run.log(loss=recent, grad_norm=grad_norm.item())
 
     reward.eval()
-    if kind == "shapes":
-        val = toy_pairs(args.n_eval, "val", args.seed)
-        r = raw_scores(args, reward, world, val, torch.arange(args.n_eval))
-    else:
-        r = raw_scores(args, reward, world, pairs, val_rows)
+    r = raw_scores(args, reward, world, val, val_rows)
     reward.mean.copy_(r.flatten(0, 1).mean(0))
     reward.std.copy_(r.flatten(0, 1).std(0))
-    of_world = world.metadata if world else {}
-    reward.save(run.folder, {"command": command(args), "seed": str(args.seed), **of_world})
+    metadata = {"command": command(args), "seed": str(args.seed)}
+    reward.save(run.folder, metadata | world.metadata if world else metadata)
     if kind == "shapes":
         result = evaluate_toy(args, reward, world)
     else:                                     # measured on the same prompts: the constants only weigh Overall
-        r = (r - reward.mean.cpu()) / reward.std.cpu()
-        result = {"n": len(val_rows), "reward": pair_accuracies(pairs.label[val_rows], r)}
-        print_accuracies({"reward": [result["reward"]]})
+        found = pair_accuracies(pairs.label[val_rows], reward.normalised(r))
+        result = {"n": len(val_rows), "reward": found}
+        print_accuracies({"reward": [found]})
     result |= {"loss_first": history[0], "loss_last": sum(history[-20:]) / len(history[-20:])}
     write_json(run.folder / "eval.json", result)
     return result
@@ -287,8 +278,7 @@ def evaluate_toy(args, reward, world):
     truth = truth[:, 0] - truth[:, 1]
     result = {"ceiling": accuracies(pairs.label, truth), "n": args.n_eval, "by_t": {}}
     for t in (0.0, 0.25, 0.5, 0.75, 0.9) if args.noisy else (0.0,):
-        r = raw_scores(args, reward, world, pairs, torch.arange(args.n_eval), t)
-        r = (r - reward.mean.cpu()) / reward.std.cpu()
+        r = reward.normalised(raw_scores(args, reward, world, pairs, torch.arange(args.n_eval), t))
         result["by_t"][str(t)] = pair_accuracies(pairs.label, r)
         if t == 0:
             result["differences"] = differences(pairs.label[:, :3], (r[:, 0] - r[:, 1]).abs())
@@ -315,9 +305,9 @@ def benchmark(args, kind, device):
     """Measure a trained reward, on a pairs file beside the paper's row or on the toy; returns what eval.json
     holds.
     """
-    pairs = can_see(read_pairs(args.pairs, args.skip_bad), args) if kind == "files" else None
+    pairs = read_files(args, None) if kind == "files" else None
     moved = args.model if kind == "files" and args.model != Args.model else None
-    reward = load_reward(args.eval, moved, args.template, DTYPES[args.dtype]).to(device)
+    reward = load_reward(args.eval, moved, args.template, DTYPES[args.dtype], device)
     if kind == "shapes":
         result = evaluate_toy(args, reward, world_of(args.model))
     else:
