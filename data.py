@@ -1377,8 +1377,9 @@ def micro_batches(rows, accumulate):
     """[(rows, their noise_samples)] of the micro-batches that go through the model in turn: this rank's share
     of the rows (n,) of a step.
     """
-    samples, share = noise_samples(rows), torch.arange(len(rows))[RANK::RANKS]
-    return [(rows[places], [samples[i] for i in places]) for places in share.split(-(-len(rows) // accumulate))]
+    n, samples = len(rows), noise_samples(rows)
+    batches = torch.arange(n)[RANK::RANKS].split(-(-n // accumulate))
+    return [(rows[places], [samples[i] for i in places]) for places in batches]
 
 
 # ---- runs: randomness ----

@@ -315,7 +315,7 @@ class Experts(nn.Module):
 # ---- LoRA (Hu et al. 2021, arXiv:2106.09685) ----
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus scale B A, of A (rank, in) and B (out, rank) in fp32; earlier: A and B of the
+    """A frozen linear layer plus scale B A, of A (rank, in) and B (out, rank) in fp32; earlier: (A, B) of the
     rounds before, which stay on, frozen.
     """
 

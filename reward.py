@@ -48,6 +48,7 @@ class LatentReward(nn.Module):
     def __init__(self, config, depth=2):
         super().__init__()
         self.config, self.depth = config, depth
+        self.reads = "shapes" if config.in_dim == 3 else "wan"              # the world whose latents it reads
         self.dit = VideoDiT(replace(config, num_layers=depth))
         self.dit.head = None                                                    # it draws no video
         self.norm = LayerNorm(config.dim, config.eps)
@@ -57,11 +58,6 @@ class LatentReward(nn.Module):
         self.out = nn.Parameter(torch.randn(len(DIMS), config.dim) / config.dim**0.5)
         self.register_buffer("mean", torch.zeros(len(DIMS)))             # of raw scores on the validation set
         self.register_buffer("std", torch.ones(len(DIMS)))
-
-    @property
-    def reads(self):
-        """The world whose latents it reads."""
-        return "shapes" if self.config.in_dim == 3 else "wan"
 
     def forward(self, xt, t, text):
         """Raw scores (B, 3) fp32 from xt (B, C, T, H, W), t (B,) in [0, 1] and text (B, S, text_dim); of
@@ -352,7 +348,7 @@ class VideoReward(nn.Module):
         return self.score(files, prompts)
 
     def normalised(self, r):
-        """Raw scores r (.., 3) as z-scores; raw, which is said once, where the checkpoint has no constants."""
+        """Raw scores r (.., 3) as z-scores; raw, which is said once, where the file has no constants."""
         if self.mean.isnan().any():
             if not getattr(self, "said", False):
                 print("the checkpoint has no normalisation constants: these scores are raw")

@@ -26,9 +26,9 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import (DTYPES, FRAMES, RANKS, RENDERERS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
-                  add_gradients, all_gather, check_out, command, draw_noise, embed_text, fill, flawed_videos,
-                  launch, learning_rate_scale, micro_batches, overall, prompts_of, recipes, render_as,
-                  report_pairs, rng, shard, start_ranks, step_rows, world_of)
+                  add_gradients, all_gather, check_out, command, draw_noise, fill, flawed_videos, launch,
+                  learning_rate_scale, micro_batches, overall, recipes, render_as, report_pairs, rng, shard,
+                  start_ranks, step_rows, world_of)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, unshard
 from reward import check_reward, load_reward
@@ -281,14 +281,14 @@ def align(args, world, device):
     pairs = world.read(args, labelled=args.labels == "human")                  # refuse first; then the folder
     model, reference = policy_and_reference(args, device)
     run = Run(args, device, longer=True)                                       # the learning rate is constant
-    report_pairs(pairs, () if args.pairs else prompts_of(args.split))
+    report_pairs(pairs, () if args.pairs else world.prompts(args.split))
     B = 2 * args.batch if args.loss == "sft" else args.batch           # 2 x batch videos a step, in each loss
     rehearse(args, world, model, reference, args.steps or -(-len(pairs) // B), device)
     move(args, model, reference, "cpu")                                         # encoders need the memory
     pairs, usable, r = label(args, world, world.encode(pairs, args), device)
     move(args, model, reference, device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    average = torch.nn.ParameterList(p.detach().clone() for p in trained) if args.ema else None
+    average = torch.nn.ParameterList(p.detach().clone() for p in trained if args.ema)
     optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
     epoch = -(-len(usable) // B)
     steps = args.steps = args.steps or epoch
@@ -304,7 +304,7 @@ def align(args, world, device):
             weights[rows] = flow_rwr(torch.ones(2 * B), r[rows].flatten(), args.tau).view(B, 2).to(device)
         for ids, samples in micro_batches(rows, args.accumulate):               # this rank's share, in turn
             x0, text = world.latents(pairs, ids).to(device), world.text(pairs, ids).to(device)
-            t, eps = draw_noise(x0.shape[2:], args.seed, step, samples, t_range=t_range)    # for both the same
+            t, eps = draw_noise(x0.shape[2:], args.seed, step, samples, t_range=t_range)  # the same for both
             t, eps, details = t.to(device), eps.to(device), {}
             if args.loss == "dpo":
                 with torch.no_grad(), reference() as frozen:
@@ -331,8 +331,7 @@ def align(args, world, device):
         run.check(pairs.where(rows), grad_norm)                                 # before a weight moves
         optimizer.step()
         optimizer.zero_grad()
-        if average is not None:
-            update_average(average, trained, args.ema, step)
+        update_average(average, trained, args.ema, step)                        # which is empty without
         tell(run, grad_norm)
     return finish(args, world, run, model, average, reference)
 
@@ -342,7 +341,7 @@ def pretrain(args, device):
     t logit-normal; Muon on the blocks' matrices at 10 times the rate and AdamW on the rest. Returns what
     eval.json holds.
     """
-    B = 2 * args.batch
+    world, B = Shapes(), 2 * args.batch
     run = Run(args, device)
     torch.manual_seed(args.seed)
     model = VideoDiT(PRESETS["toy"]).to(device)
@@ -358,7 +357,7 @@ def pretrain(args, device):
         muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = 10 * args.lr * scale, args.lr * scale
         g = rng("mixture", args.seed, step)
         videos, prompts = flawed_videos(B, None, g)
-        text = embed_text(prompts)
+        text = world.embed(prompts)
         text[torch.rand(B, generator=g) < 0.1] = 0
         for ids, samples in micro_batches(torch.arange(B), args.accumulate):
             x0 = videos[ids].float()
@@ -375,7 +374,7 @@ def pretrain(args, device):
             optimizer.zero_grad()
         update_average(average, model.parameters(), args.ema, step)
         tell(run, grad_norm)
-    return finish(args, Shapes(), run, model, average, None)
+    return finish(args, world, run, model, average, None)
 
 
 @torch.no_grad()
@@ -430,16 +429,16 @@ def summary(names, seen):
     sigmoid(-logit).
     """
     columns = dict(zip(names, seen.T))
-    t, loss = columns.pop("t"), columns.pop("loss")
-    logit = columns.pop("logit", None)
-    bins = [loss[(t * 10).long().clamp(max=9) == b] for b in range(10)]
-    event = {"loss": loss.mean().item(), "loss_by_t": [x.mean().item() if len(x) else None for x in bins]}
     if "gap_w" in columns:
-        margin = columns["gap_l"] - columns["gap_w"]                     # > 0: the pair is ranked as labelled
-        event |= {"implicit_acc": (margin > 0).float().mean().item(), "margin": margin.mean().item()}
-    if logit is not None:
-        event |= {"logit": logit.abs().mean().item(), "grad_factor": torch.sigmoid(-logit).mean().item()}
-    return event | {name: x.mean().item() for name, x in columns.items()}
+        columns["margin"] = columns["gap_l"] - columns["gap_w"]          # > 0: the pair is ranked as labelled
+        columns["implicit_acc"] = (columns["margin"] > 0).float()
+    if "logit" in columns:
+        columns["grad_factor"] = torch.sigmoid(-columns["logit"])
+        columns["logit"] = columns["logit"].abs()
+    bins = (columns.pop("t") * 10).long().clamp(max=9)
+    by_t = [columns["loss"][bins == b] for b in range(10)]
+    means = {name: x.mean().item() for name, x in columns.items()}
+    return means | {"loss_by_t": [x.mean().item() if len(x) else None for x in by_t]}
 
 
 def tell(run, grad_norm):
@@ -471,7 +470,7 @@ def distance(model, reference, videos, prompts, seed):
     """
     found = []
     for ids in torch.arange(len(videos)).split(64):
-        x0, text = videos[ids], embed_text([prompts[i] for i in ids])
+        x0, text = videos[ids], Shapes().embed([prompts[i] for i in ids])
         t, eps = draw_noise(x0.shape[1:], seed, 2**31, ids.tolist())
         inputs = [y.to(next(model.parameters()).device) for y in (mix(x0, eps, t), t, text)]
         v = model(*inputs)
@@ -484,10 +483,9 @@ def finish(args, world, run, model, average, reference):
     """Save the model, and say how to judge it; of Shapes world draw its videos and judge them against the
     start model's or, pretrained, against videos such as it learnt from. Returns what eval.json holds.
     """
-    if average is not None:
-        with torch.no_grad():
-            for p, a in zip((p for p in model.parameters() if p.requires_grad), average):
-                p.copy_(a)
+    with torch.no_grad():
+        for p, a in zip((p for p in model.parameters() if p.requires_grad), average):
+            p.copy_(a)
     model.eval()
     metadata = {"command": command(args), "seed": str(args.seed), **world.metadata}
     if args.lora_rank:
@@ -496,13 +494,13 @@ def finish(args, world, run, model, average, reference):
         dtype = torch.float16 if reference is None else None                    # the base ships in 16 bit
         model.save_pretrained(run.folder / "transformer", metadata, dtype)
     if world.truth is None:
-        peak = torch.cuda.max_memory_allocated() if next(model.parameters()).is_cuda else None
-        print("" if peak is None else f"peak memory {peak / 1e9:.1f} GB; ", end="")
+        if torch.cuda.is_available():
+            print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
         start = "base" if args.lora_rank else args.model
         print(f"wrote {run.folder}; see and judge it: python sample.py --ckpt {run.folder} "
               f"--prompts prompts.csv --against {start}")
         return None
-    prompts, reward = prompts_of(args.split, args.eval_n), None
+    prompts, reward, how_far = world.prompts(args.split, args.eval_n), None, {}
     videos = toy_videos(model, prompts, args.seed, args.eval_steps)
     if reference is None:
         g = rng("mixture", args.seed)
@@ -512,9 +510,8 @@ def finish(args, world, run, model, average, reference):
         with reference() as start:
             start_videos = toy_videos(start, prompts, args.seed, args.eval_steps)
         reward = load_reward(args.reward) if args.labels == "reward" else None
-    result = evaluate(videos, start_videos, prompts, reward)
-    if reference is not None:
-        result["distance"] = distance(model, reference, videos, prompts, args.seed)
+        how_far = {"distance": distance(model, reference, videos, prompts, args.seed)}
+    result = evaluate(videos, start_videos, prompts, reward) | how_far
     report(run.folder, result, prompts, videos, start_videos)
     return result
 

@@ -87,10 +87,9 @@ def check(args):
         fill(args, {flag: values[kind] for flag, values in RECIPES.items()})
     fill(args, {"loss": "bt" if args.noisy else "btt",
                 "out": "runs/eval" if args.eval else "runs/noisy" if args.noisy else "runs/reward"})
-    if args.tie <= 1:
-        raise UserError(f"--tie {args.tie} leaves no room for ties: it must be above 1 (the paper takes 5)")
-    if args.label_noise <= 0:
-        raise UserError(f"--label_noise {args.label_noise}: give a number above 0")
+    if args.tie <= 1 or args.label_noise <= 0:
+        raise UserError(f"--tie {args.tie}, --label_noise {args.label_noise}: give a tie above 1 (the paper "
+                        "takes 5; 1 leaves no room for ties), and noise above 0")
     if RANKS > 1:
         raise UserError("rewards are trained and measured by one process: leave torchrun out")
     if kind != "shapes" and not args.pairs:
