@@ -110,17 +110,18 @@ def pair_scores(args, reward, world, pairs, rows, step, samples, t=None):
     """Raw scores (B, 2, 3) of A and B through one forward; of latents at time t or, unset, at the times of
     these samples for a noisy reward and at 0 for a clean one.
     """
-    device = reward.mean.device
     if isinstance(reward, VideoReward):
         paths, prompts = zip(*[(path, pairs.prompts[i]) for i in rows.tolist() for path in pairs.videos[i]])
-        return reward(*(x.to(device) for x in reward.inputs(paths, prompts))).view(len(rows), 2, len(DIMS))
-    x0, text = world.latents(pairs, rows), world.text(pairs, rows)
-    drawn, eps_a = draw_noise(x0.shape[2:], args.seed, step, samples)
-    eps_b = eps_a if args.shared_noise else draw_noise(x0.shape[2:], args.seed + 1, step, samples)[1]
-    t = drawn if t is None and args.noisy else torch.full_like(drawn, t or 0.0)
-    xt = torch.stack([mix(x0[:, 0], eps_a, t), mix(x0[:, 1], eps_b, t)], dim=1).flatten(0, 1)
-    t, text = t.repeat_interleave(2), text.repeat_interleave(2, dim=0)          # the same for both
-    return reward(xt.to(device), t.to(device), text.to(device)).view(len(rows), 2, len(DIMS))
+        inputs = reward.inputs(paths, prompts)
+    else:
+        x0, text = world.latents(pairs, rows), world.text(pairs, rows)
+        drawn, eps_a = draw_noise(x0.shape[2:], args.seed, step, samples)
+        eps_b = eps_a if args.shared_noise else draw_noise(x0.shape[2:], args.seed + 1, step, samples)[1]
+        t = drawn if t is None and args.noisy else torch.full_like(drawn, t or 0.0)
+        t, text = t.repeat_interleave(2), text.repeat_interleave(2, dim=0)      # the same for both
+        eps = torch.stack([eps_a, eps_b], dim=1).flatten(0, 1)
+        inputs = mix(x0.flatten(0, 1), eps, t), t, text
+    return reward(*(x.to(reward.mean.device) for x in inputs)).view(len(rows), 2, len(DIMS))
 
 
 @torch.no_grad()
