@@ -423,52 +423,40 @@ def load_lora(model, path):
 # ---- foreign names ----
 
 DIFFUSERS_CONFIG = {"in_dim": "in_channels", "num_heads": "num_attention_heads"}    # the others are the same
-# Official Wan names and diffusers' names of modules, inside a block and outside; used both ways.
-BLOCK_NAMES = {
-    "self_attn.q": "attn1.to_q", "self_attn.k": "attn1.to_k", "self_attn.v": "attn1.to_v",
-    "self_attn.o": "attn1.to_out.0", "self_attn.norm_q": "attn1.norm_q", "self_attn.norm_k": "attn1.norm_k",
-    "cross_attn.q": "attn2.to_q", "cross_attn.k": "attn2.to_k", "cross_attn.v": "attn2.to_v",
-    "cross_attn.o": "attn2.to_out.0",
-    "cross_attn.norm_q": "attn2.norm_q", "cross_attn.norm_k": "attn2.norm_k",
+NAMES = {                                               # official Wan's and diffusers' of parts of parameters
+    "self_attn": "attn1", "cross_attn": "attn2", "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0",
     "norm3": "norm2",                                                     # the text's norm has another number
-    "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "modulation": "scale_shift_table",
-}
-OUTER_NAMES = {
+    "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
     "text_embedding.2": "condition_embedder.text_embedder.linear_2",
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
     "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "head.head": "proj_out", "head.modulation": "scale_shift_table",
+    "time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out",
+    "head.modulation": "scale_shift_table", "modulation": "scale_shift_table",
 }
 
 
-def rename(key, outer, block):
-    """The parameter name key with its module's name looked up in outer or, inside a block, in block."""
-    head, names = (".".join(key.split(".")[:2]) + ".", block) if key.startswith("blocks.") else ("", outer)
-    rest = key[len(head):]
-    for old, new in names.items():
-        if rest == old or rest.startswith(old + "."):
-            return head + new + rest[len(old):]
-    return key
+def rename(key, names):
+    """A parameter's name key with its parts, whole words between dots, replaced as names say."""
+    return re.sub(rf"\b({'|'.join(map(re.escape, names))})\b", lambda match: names[match[1]], key)
 
 
 def to_diffusers(key):
     """diffusers' name of an official Wan parameter."""
-    return rename(key, OUTER_NAMES, BLOCK_NAMES)
+    return rename(key, NAMES)
 
 
 def to_official(key):
     """The official Wan name of diffusers' parameter; an official name stays as it is."""
-    return rename(key, {v: k for k, v in OUTER_NAMES.items()}, {v: k for k, v in BLOCK_NAMES.items()})
+    own = rename(key, {theirs: ours for ours, theirs in NAMES.items()})
+    return "head.modulation" if own == "modulation" else own                    # as that of blocks has it too
 
 
-LORA_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "pipe.dit.", "lora_unet__",
-                 "lora_unet_")
 LORA_FAULTS = {"dora|magnitude": "of DoRA, which is not supported", "img|image|add_[kv]": "an image model's",
                "bias$|diff_b$": "a bias, which is not supported", "": "of no layer of this model"}
 LORA_PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
-LORA_KEY = re.compile(rf"(.+?)\.({'|'.join(LORA_PARTS)})(\.default)?(\.weight)?")
+LORA_PREFIX = r"(?:(?:base_model\.model|diffusion_model|transformer|pipe\.dit)\.|lora_unet__?)*"
+LORA_KEY = re.compile(rf"{LORA_PREFIX}(.+?)\.({'|'.join(LORA_PARTS)})(\.default)?(\.weight)?")
 
 
 def read_lora(path, shapes):
@@ -488,8 +476,6 @@ def read_lora(path, shapes):
         raise UserError(f"{path} has a header that is no JSON object under lora_adapter_metadata") from None
     flat, layers = {name.replace(".", "_"): name for name in shapes}, {}
     for key, x in tensors.items():
-        for prefix in LORA_PREFIXES:
-            key = key.removeprefix(prefix)
         match = LORA_KEY.fullmatch(key)
         name = to_official(match[1]) if match else key
         name = flat.get(name, name)

@@ -35,26 +35,25 @@ from reward import check_reward, load_reward
 from sample import evaluate, expert_of, load_model, report, toy_videos
 
 # What unset flags fall to. The second column is the paper's Table 10, one recipe for all three losses; the
-# first was tuned on validation prompts.
-RECIPES = recipes(("shapes", "wan"), {                                          # Wan 2.2: carried over
-    "lr":            (3e-4,         5e-6),
-    "lora_rank":     (16,           64),
-    "lora_alpha":    (32.0,         128.0),
-    "steps":         (100,          None),                                      # None: one epoch
-    "batch":         (24,           64),
-    "accumulate":    (1,            64),
-    "warmup":        (10,           0),
-    "save_every":    (50,           100),
-    "frames":        (FRAMES,       81),
-    "size":          ((SIZE, SIZE), (480, 832)),
-    "dtype":         ("fp32",       "bf16"),
-    "checkpointing": (False,        True),
-    "decoupled":     (False,        None),                                      # None: rehearse decides
-    "compile":       (False,        torch.cuda.is_available()),
-    "ema":           (0.0,          0.0),
+# first was tuned on validation prompts; the third makes the toy's base.
+RECIPES = recipes(("shapes", "wan", "pretrain"), {                              # Wan 2.2: carried over
+    "lr":            (3e-4,         5e-6,       2e-3),
+    "lora_rank":     (16,           64,         0),
+    "lora_alpha":    (32.0,         128.0,      0.0),
+    "steps":         (100,          None,       3000),                          # None: one epoch
+    "batch":         (24,           64,         24),
+    "accumulate":    (1,            64,         1),
+    "warmup":        (10,           0,          50),
+    "save_every":    (50,           100,        500),
+    "frames":        (FRAMES,       81,         FRAMES),
+    "size":          ((SIZE, SIZE), (480, 832), (SIZE, SIZE)),
+    "dtype":         ("fp32",       "bf16",     "fp32"),
+    "checkpointing": (False,        True,       False),
+    "decoupled":     (False,        None,       False),                         # None: rehearse decides
+    "compile":       (False,        torch.cuda.is_available(), False),
+    "ema":           (0.0,          0.0,        0.998),
 })
 TOY_LR = {"sft": 1e-3, "rwr": 1e-3}                                             # where it is not Flow-DPO's
-PRETRAIN = dict(lr=2e-3, lora_rank=0, lora_alpha=0.0, steps=3000, warmup=50, save_every=500, ema=0.998)
 ONLY = {"beta": ("dpo",), "beta_schedule": ("dpo",), "tau": ("rwr",)}         # flags that other losses ignore
 
 
@@ -102,10 +101,11 @@ class Args:
 def check(args, world):
     """Fill unset flags from the recipe, and refuse what contradicts itself, before any work is done."""
     pretrains = args.loss == "pretrain"
-    recipe = {flag: values[world.name] for flag, values in RECIPES.items()}
-    if world.name == "shapes":
+    column = "pretrain" if pretrains else world.name
+    recipe = {flag: values[column] for flag, values in RECIPES.items()}
+    if column == "shapes":
         recipe["lr"] = TOY_LR.get(args.loss, recipe["lr"])
-    fill(args, recipe | (PRETRAIN if pretrains else {}))
+    fill(args, recipe)
     fill(args, {"out": f"runs/{args.loss}", "labels": "human" if args.pairs else "reward"})
     if not pretrains:
         fill(args, {"expert": expert_of(args.model)})
@@ -138,7 +138,7 @@ def policy_and_reference(args, device):
     it is a frozen copy.
     """
     start = load_model(args.model, DTYPES[args.dtype] if args.lora_rank else torch.float32, args.expert)
-    start.compute_dtype = None if args.lora_rank or args.dtype == "fp32" else torch.bfloat16
+    start.compute_dtype = DTYPES[args.dtype]
     start = start if args.shard else start.to(device)                      # sharding moves it, block by block
     if args.lora_rank:
         model = add_lora(start, args.lora_rank, args.lora_alpha, seed=args.seed)
@@ -233,9 +233,14 @@ def rehearse(args, world, model, reference, steps, device):
     x0, text, t, eps = (torch.rand(size, generator=g).to(device) for size in (
         (b, videos, *shape), (b, world.text_len, model.config.text_dim), (b,), (b, *shape)))
 
-    def seconds(decoupled):
-        """How long the second of two micro-batches takes: the first compiles."""
-        for _ in range(2):
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()                                   # from here on it is training's
+    before, total = memory(device)
+    held = 4 * (3 if args.ema else 2) * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = held / RANKS if args.shard else held                               # Adam's moments and the average
+    decided = False if args.loss == "sft" else args.decoupled                   # sft takes one video anyway
+    for decoupled in [True, False] if decided is None else [decided]:
+        for _ in range(2):                                                      # the first compiles
             tic = time.time()
             if args.loss == "dpo":
                 with torch.no_grad(), reference() as frozen:
@@ -244,26 +249,17 @@ def rehearse(args, world, model, reference, steps, device):
                 sum(errors).sum().backward()
             if device == "cuda":
                 torch.cuda.synchronize()
-        return time.time() - tic
-
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()                                   # from here on it is training's
-    before, total = memory(device)
-    alone = args.decoupled is not False and args.loss != "sft"                  # which takes one video anyway
-    spent, peak = seconds(alone), memory(device)[0]
-    held = 4 * (3 if args.ema else 2) * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = held / RANKS if args.shard else held                               # Adam's moments and the average
-    if args.decoupled is None:
+        spent, peak = time.time() - tic, memory(device)[0]
         both = before + held + 2 * (peak - before)
-        args.decoupled = alone and any(all_gather(both > 0.9 * total))
-        if alone and not args.decoupled:
-            spent, peak = seconds(False), memory(device)[0]
+        if any(all_gather(both > 0.9 * total)):                             # on any rank: it stays decoupled
+            break
+    args.decoupled = decoupled
     model.zero_grad()
-    minutes = spent * len(batches) * steps / 60
-    one = ", one video of a pair at a time" if args.decoupled else ""
-    print(f"{spent:.2f} s a micro-batch{one}; {steps} steps take about "
-          + (f"{minutes / 60:.1f} hours" if minutes > 60 else f"{minutes:.1f} minutes")
-          + f" and {(peak + held) / 1e9:.1f} of {total / 1e9:.0f} GB")
+    hours = spent * len(batches) * steps / 3600
+    took = f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.1f} minutes"
+    one = ", one video of a pair at a time" if decoupled else ""
+    print(f"{spent:.2f} s a micro-batch{one}; {steps} steps take about {took} and "
+          f"{(peak + held) / 1e9:.1f} of {total / 1e9:.0f} GB")
 
 
 def memory(device):
