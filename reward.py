@@ -450,7 +450,7 @@ def is_qwen(name):
     """
     config = fetch(name, ["config.json"]) / "config.json"
     kind = read_json(config).get("model_type") if config.is_file() else None
-    if kind != "qwen2_vl" and isinstance(kind, str) and kind != "t2v":
+    if kind not in ("qwen2_vl", "t2v", None):
         raise UserError(f"{name} is a {kind}: of vision-language models only Qwen2-VL is supported")
     return kind == "qwen2_vl"
 

@@ -21,10 +21,10 @@ from typing import Literal
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Size, check_out, command, draw_noise, fill, launch,
-                  learning_rate_scale, look_into, micro_batches, noise_samples, normalised, prompts_of,
-                  read_pairs, recipes, report_pairs, rng, step_rows, toy_pairs, true_scores, with_overall,
-                  world_of, write_json)
+from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Shapes, Size, check_out, command, draw_noise, fill,
+                  launch, learning_rate_scale, look_into, micro_batches, noise_samples, normalised,
+                  prompts_of, read_pairs, recipes, report_pairs, rng, step_rows, toy_pairs, true_scores,
+                  with_overall, world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
 from reward import LatentReward, VideoReward, accuracies, check_video, is_qwen, load_reward, reads
@@ -249,7 +249,7 @@ def train(args, kind, device):
     metadata = {"command": command(args), "seed": str(args.seed)}
     reward.save(run.folder, metadata | world.metadata if world else metadata)
     if kind == "shapes":
-        result = evaluate_toy(args, reward, world)
+        result = evaluate_toy(args, reward)
     else:                                     # measured on the same prompts: the constants only weigh Overall
         found = pair_accuracies(pairs.label[val_rows], reward.normalised(r))
         result = {"n": len(val_rows), "reward": found}
@@ -269,7 +269,7 @@ def pair_accuracies(label, r):
     return {dim: found[dim] for dim, h in zip(found, label.T) if not h.isnan().all()}
 
 
-def evaluate_toy(args, reward, world):
+def evaluate_toy(args, reward):
     """Accuracies on held-out prompts at t = 0, and over t for a noisy reward, beside the oracle's on these
     labels; and, at t = 0, how far apart the scores of tied and of other pairs are.
     """
@@ -278,7 +278,7 @@ def evaluate_toy(args, reward, world):
     truth = truth[:, 0] - truth[:, 1]
     result = {"ceiling": accuracies(pairs.label, truth), "n": args.n_eval, "by_t": {}}
     for t in (0.0, 0.25, 0.5, 0.75, 0.9) if args.noisy else (0.0,):
-        r = reward.normalised(raw_scores(args, reward, world, pairs, torch.arange(args.n_eval), t))
+        r = reward.normalised(raw_scores(args, reward, Shapes(), pairs, torch.arange(args.n_eval), t))
         result["by_t"][str(t)] = pair_accuracies(pairs.label, r)
         if t == 0:
             result["differences"] = differences(pairs.label[:, :3], (r[:, 0] - r[:, 1]).abs())
@@ -302,30 +302,29 @@ def differences(label, gap):
 
 
 def benchmark(args, kind, device):
-    """Measure a trained reward, on a pairs file beside the paper's row or on the toy; returns what eval.json
+    """Measure a trained reward, on the toy or on a pairs file beside the paper's row; returns what eval.json
     holds.
     """
-    pairs = read_files(args, None) if kind == "files" else None
-    moved = args.model if kind == "files" and args.model != Args.model else None
-    reward = load_reward(args.eval, moved, args.template, DTYPES[args.dtype], device)
     if kind == "shapes":
-        result = evaluate_toy(args, reward, world_of(args.model))
-    else:
-        r = reward.score_pairs(None, pairs, args.cache)
-        result = {"n": len(pairs), "reward": pair_accuracies(pairs.label, r)}
-        rows, table = {"reward": result["reward"]}, "VideoGen-RewardBench"
-        if list(result["reward"]) == ["Overall"]:                            # as the paper scores GenAI-Bench
-            table = "GenAI-Bench"
-            result["TA alone"] = pair_accuracies(pairs.label, r[..., 2:].expand_as(r))
-            rows["reward, TA alone"] = result["TA alone"]
-        paper = {dim: dict(zip(("without", "with"), pair)) for dim, pair in PAPER[table].items()}
-        rows[f"the paper's, {table}"] = paper
-        print_accuracies({name: [row] for name, row in rows.items()})
-    run = Run(args, device)
-    write_json(run.folder / "eval.json", result)
-    if kind == "files":
-        write_scores(run.folder / "pairs.csv", pairs, r)
-        print(f"scores of every pair: {run.folder / 'pairs.csv'}")
+        result = evaluate_toy(args, load_reward(args.eval, device=device))
+        write_json(Run(args, device).folder / "eval.json", result)
+        return result
+    pairs = read_files(args, None)
+    moved = args.model if args.model != Args.model else None
+    reward = load_reward(args.eval, moved, args.template, DTYPES[args.dtype], device)
+    r = reward.score_pairs(None, pairs, args.cache)
+    result = {"n": len(pairs), "reward": pair_accuracies(pairs.label, r)}
+    rows, table = {"reward": result["reward"]}, "VideoGen-RewardBench"
+    if list(result["reward"]) == ["Overall"]:                                # as the paper scores GenAI-Bench
+        table = "GenAI-Bench"
+        result["TA alone"] = pair_accuracies(pairs.label, r[..., 2:].expand_as(r))
+        rows["reward, TA alone"] = result["TA alone"]
+    paper = {dim: dict(zip(("without", "with"), pair)) for dim, pair in PAPER[table].items()}
+    rows[f"the paper's, {table}"] = paper
+    print_accuracies({name: [row] for name, row in rows.items()})
+    folder = Run(args, device).folder
+    write_json(folder / "eval.json", result)
+    write_scores(folder / "pairs.csv", pairs, r)
     return result
 
 
@@ -341,6 +340,7 @@ def write_scores(path, pairs, r):
         table.writerow(["path_A", "path_B", "prompt", *names, *scores])
         for pair, prompt, label, scores in zip(pairs.videos, pairs.prompts, pairs.label.tolist(), r):
             table.writerow([*pair, prompt, *(words.get(x, "") for x in label), *(f"{x:.4f}" for x in scores)])
+    print(f"scores of every pair: {path}")
 
 
 def main(args):
