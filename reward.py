@@ -105,8 +105,7 @@ class LatentReward(nn.Module):
     def from_base(cls, model, depth=2):
         """A LatentReward whose blocks start as the first ones of a pretrained VideoDiT, as in the paper."""
         reward = cls(model.config, depth)
-        weights, own = model.state_dict(), reward.dit.state_dict()
-        reward.dit.load_state_dict({k: weights[k] for k in own})
+        reward.dit.load_state_dict(model.state_dict(), strict=False)            # it has more blocks and a head
         return reward
 
     def save(self, folder, metadata):

@@ -105,10 +105,8 @@ def check(args, world):
     recipe = {flag: values[column] for flag, values in RECIPES.items()}
     if column == "shapes":
         recipe["lr"] = TOY_LR.get(args.loss, recipe["lr"])
-    fill(args, recipe)
-    fill(args, {"out": f"runs/{args.loss}", "labels": "human" if args.pairs else "reward"})
-    if not pretrains:
-        fill(args, {"expert": expert_of(args.model)})
+    fill(args, recipe | {"out": f"runs/{args.loss}", "labels": "human" if args.pairs else "reward",
+                         "expert": None if pretrains else expert_of(args.model)})
     world.latent_shape(args.frames, args.size)                                  # these refuse what cannot be
     world.t_range(args.expert)
     for name, losses in ONLY.items():
