@@ -105,7 +105,7 @@ class LatentReward(nn.Module):
     def from_base(cls, model, depth=2):
         """A LatentReward whose blocks start as the first ones of a pretrained VideoDiT, as in the paper."""
         reward = cls(model.config, depth)
-        reward.dit.load_state_dict(model.state_dict(), strict=False)            # it has more blocks and a head
+        reward.dit.load_state_dict(model.state_dict(), strict=False)           # it has more blocks and a head
         return reward
 
     def save(self, folder, metadata):

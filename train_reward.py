@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Shapes, Size, check_out, command, draw_noise, fill,
                   launch, learning_rate_scale, look_into, micro_batches, noise_samples, normalised,
-                  prompts_of, read_pairs, recipes, report_pairs, rng, step_rows, toy_pairs, true_scores,
+                  read_pairs, recipes, report_pairs, rng, step_rows, toy_pairs, true_scores,
                   with_overall, world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
@@ -209,7 +209,8 @@ def train(args, kind, device):
     if kind == "shapes":
         pairs = toy_pairs(args.n_pairs, "train", args.seed, args.label_noise)
         val = toy_pairs(args.n_eval, "val", args.seed)
-        train_rows, val_rows, held_out = torch.arange(len(pairs)), torch.arange(len(val)), prompts_of("eval")
+        train_rows, val_rows = torch.arange(len(pairs)), torch.arange(len(val))
+        held_out = world.prompts("eval")
     else:
         val = pairs = world.encode(pairs, args) if world else pairs
         train_rows, val_rows = split_prompts(args, pairs)                       # without the bad ones
