@@ -422,7 +422,7 @@ def load_lora(model, path):
 
 # ---- foreign names ----
 
-DIFFUSERS_CONFIG = {"in_dim": "in_channels", "num_heads": "num_attention_heads"}    # the others are the same
+DIFFUSERS_CONFIG = {"in_dim": "in_channels", "num_heads": "num_attention_heads"}     # others are equal
 NAMES = {                                               # official Wan's and diffusers' of parts of parameters
     "self_attn": "attn1", "cross_attn": "attn2", "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0",
     "norm3": "norm2",                                                     # the text's norm has another number
