@@ -273,13 +273,13 @@ def memory(device):
 def align(args, world, device):
     """Align a model with preferences; returns what eval.json holds."""
     pairs = world.read(args, labelled=args.labels == "human")                  # refuse first; then the folder
-    model, reference = policy_and_reference(args, device)
+    model, reference = policy_and_reference(args, device)     # 1. the policy, and what it must stay near
     run = Run(args, device, longer=True)                                       # the learning rate is constant
     report_pairs(pairs, () if args.pairs else world.prompts(args.split))
     B = 2 * args.batch if args.loss == "sft" else args.batch           # 2 x batch videos a step, in each loss
     rehearse(args, world, model, reference, args.steps or -(-len(pairs) // B), device)
     move(args, model, reference, "cpu")                                         # encoders need the memory
-    pairs, usable, r = label(args, world, world.encode(pairs, args), device)
+    pairs, usable, r = label(args, world, world.encode(pairs, args), device)    # 2. A is now the winner
     move(args, model, reference, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     average = torch.nn.ParameterList(p.detach().clone() for p in trained if args.ema)
@@ -291,14 +291,15 @@ def align(args, world, device):
     if args.loss == "dpo":
         print(beta_elsewhere(args.beta, world.latents(pairs, [0])[0, 0].numel()))
 
-    for step in run.steps(steps, model=model, average=average, optimizer=optimizer):
+    for step in run.steps(steps, model=model, average=average, optimizer=optimizer):        # 3. the loop
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(step, steps, args.warmup)
         rows = usable[step_rows(len(usable), B, args.seed, step)]
         if args.loss == "rwr":          # exp(r / tau) over the whole step: what Flow-RWR makes of errors of 1
             weights[rows] = flow_rwr(torch.ones(2 * B), r[rows].flatten(), args.tau).view(B, 2).to(device)
         for ids, samples in micro_batches(rows, args.accumulate):               # this rank's share, in turn
+            # x0 (b, 2, C, T, H, W), winner first; t and eps are the same for winner and loser
             x0, text = world.latents(pairs, ids).to(device), world.text(pairs, ids).to(device)
-            t, eps = draw_noise(x0.shape[2:], args.seed, step, samples, t_range=t_range)  # the same for both
+            t, eps = draw_noise(x0.shape[2:], args.seed, step, samples, t_range=t_range)
             t, eps, details = t.to(device), eps.to(device), {}
             if args.loss == "dpo":
                 with torch.no_grad(), reference() as frozen:
