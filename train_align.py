@@ -291,7 +291,7 @@ def align(args, world, device):
     if args.loss == "dpo":
         print(beta_elsewhere(args.beta, world.latents(pairs, [0])[0, 0].numel()))
 
-    for step in run.steps(steps, model=model, average=average, optimizer=optimizer):        # 3. the loop
+    for step in run.steps(steps, model=model, average=average, optimizer=optimizer):    # 3. saved, resumed
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(step, steps, args.warmup)
         rows = usable[step_rows(len(usable), B, args.seed, step)]
         if args.loss == "rwr":          # exp(r / tau) over the whole step: what Flow-RWR makes of errors of 1
