@@ -912,7 +912,7 @@ class Wan:
         self.boundary = index.get("boundary_ratio") if experts[0] else None
         if experts[0] and not isinstance(self.boundary, float):
             raise UserError(f"{path}/model_index.json has a transformer_2 and no boundary_ratio: no Wan 2.2")
-        large = dit.exists() and read_config(dit).dim == PRESETS["wan-14b"].dim
+        large = dit.exists() and read_config(read_json(dit), dit).dim == PRESETS["wan-14b"].dim
         self.recipe, self.fps = "wan-14b" if large else "wan", WAN_FPS
         if self.boundary:
             self.recipe = "wan-2.2-a14b"
@@ -1390,9 +1390,13 @@ def shard(model):
         module.set_force_sum_reduction_for_comms(True)                          # which gloo can do too
 
 
-def micro_batches(n, accumulate):
-    """This rank's share of the n places of a step, in the micro-batches that go through the model in turn."""
-    return torch.arange(n)[RANK::RANKS].split(-(-n // accumulate))
+def micro_batches(rows, accumulate):
+    """[(rows, their noise_samples)] of the micro-batches that go through the model in turn: this rank's share
+    of the rows (n,) of a step.
+    """
+    n, samples = len(rows), noise_samples(rows)
+    batches = torch.arange(n)[RANK::RANKS].split(-(-n // accumulate))
+    return [(rows[places], [samples[i] for i in places]) for places in batches]
 
 
 # ---- runs: randomness ----

@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.nn as nn
@@ -39,8 +40,8 @@ class Config:
 
     def to_diffusers(self):
         """The config.json of diffusers' WanTransformer3DModel."""
-        own = {theirs: getattr(self, ours) for ours, theirs in DIFFUSERS_CONFIG.items()}
-        return {"_class_name": "WanTransformer3DModel", **own, "out_channels": self.in_dim,
+        sizes = {DIFFUSERS_CONFIG.get(name, name): x for name, x in vars(self).items() if name != "dim"}
+        return {"_class_name": "WanTransformer3DModel", **sizes, "out_channels": self.in_dim,
                 "attention_head_dim": self.dim // self.num_heads, "cross_attn_norm": True,
                 "qk_norm": "rms_norm_across_heads"}
 
@@ -270,7 +271,7 @@ class VideoDiT(nn.Module):
         files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
         if not files or not (folder / "config.json").exists():
             raise UserError(f"{path} holds no config.json with diffusion_pytorch_model*.safetensors")
-        config = read_config(folder / "config.json")
+        config = read_config(read_json(folder / "config.json"), folder / "config.json")
         with torch.device("meta"):
             model = cls(config)
         tensors = {to_official(k): v for file in files for k, v in read_tensors(file)[0].items()}
@@ -314,23 +315,17 @@ class Experts(nn.Module):
 # ---- LoRA (Hu et al. 2021, arXiv:2106.09685) ----
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus (alpha / rank) B A; A and B are fp32 and B starts at zero.
-
-    On a layer that has adapters already these stay on, frozen, as an earlier round. A is drawn from generator
-    on the CPU, so that it is the same on every device.
+    """A frozen linear layer plus scale B A, of A (rank, in) and B (out, rank) in fp32; earlier: (A, B) of the
+    rounds before, which stay on, frozen.
     """
 
-    def __init__(self, layer, rank, alpha, generator=None):
+    def __init__(self, layer, A, B, scale=1.0, earlier=(None, None)):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
-        (out_features, in_features), device = layer.weight.shape, layer.weight.device
-        A = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=5**0.5, generator=generator)
-        self.lora_A = nn.Parameter(A.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
-        self.scale, self.enabled = alpha / rank, True
-        earlier_A, earlier_B = layer.joined() if isinstance(layer, LoRALinear) else (None, None)
-        self.register_buffer("earlier_A", earlier_A, persistent=False)
-        self.register_buffer("earlier_B", earlier_B, persistent=False)
+        self.lora_A, self.lora_B = (nn.Parameter(x.to(layer.weight.device)) for x in (A, B))
+        self.scale, self.enabled = scale, True
+        for name, x in zip(("earlier_A", "earlier_B"), earlier):
+            self.register_buffer(name, x, persistent=False)
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -341,26 +336,34 @@ class LoRALinear(nn.Module):
         return y
 
     def joined(self):
-        """(A, B) of all rounds, joined along the rank, alpha / rank folded into B: what they add is B A."""
-        A, B = unshard(self.lora_A).detach(), unshard(self.lora_B).detach() * self.scale
-        if self.earlier_A is None:
-            return A, B
-        return torch.cat([self.earlier_A, A]), torch.cat([self.earlier_B, B], dim=1)
+        """(A, B) of all rounds, the scale folded into B: what they add is B A."""
+        own = unshard(self.lora_A).detach(), unshard(self.lora_B).detach() * self.scale
+        return own if self.earlier_A is None else join((self.earlier_A, self.earlier_B), own)
+
+
+def join(one, other):
+    """Two adapters (A, B) of a layer as one that adds what both add: they stand side by side in the rank."""
+    return torch.cat([one[0], other[0].to(one[0])]), torch.cat([one[1], other[1].to(one[1])], dim=1)
 
 
 def add_lora(model, rank, alpha, targets=("q", "k", "v", "o"), seed=0):
-    """Freeze the model, put adapters on the linear layers of its blocks with these names; returns the model.
+    """Freeze the model, put adapters of scale alpha / rank on the linear layers of its blocks with these
+    names; returns the model, which computes what it did: B starts at zero.
 
-    A layer that has adapters already keeps them, see LoRALinear. They start as a function of the seed: the
-    global generator is left as it is. A model without `blocks`, such as a language model, is searched as a
-    whole.
+    A layer that has adapters already keeps them, as an earlier round. A is a function of the seed, drawn on
+    the CPU, and the global generator is left as it is. A model without `blocks`, such as a language model, is
+    searched as a whole.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parent in list(getattr(model, "blocks", model).modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear) or (name in targets and isinstance(child, nn.Linear)):
-                setattr(parent, name, LoRALinear(child, rank, alpha, generator))
+                out_features, in_features = child.weight.shape
+                A = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=5**0.5, generator=generator)
+                B = torch.zeros(out_features, rank)
+                earlier = child.joined() if isinstance(child, LoRALinear) else (None, None)
+                setattr(parent, name, LoRALinear(child, A, B, alpha / rank, earlier))
     return model
 
 
@@ -412,68 +415,48 @@ def load_lora(model, path):
     own = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear))}
     for name, (A, B) in read_lora(path, {name: tuple(m.weight.shape) for name, m in own.items()}).items():
         if isinstance(own[name], LoRALinear):
-            earlier_A, earlier_B = own[name].joined()
-            A, B = torch.cat([earlier_A, A.to(earlier_A)]), torch.cat([earlier_B, B.to(earlier_B)], dim=1)
-        adapter = LoRALinear(own[name], len(A), len(A))
-        adapter.earlier_A = adapter.earlier_B = None
-        with torch.no_grad():
-            adapter.lora_A.copy_(A)
-            adapter.lora_B.copy_(B)
-        model.set_submodule(name, adapter)
+            A, B = join(own[name].joined(), (A, B))
+        model.set_submodule(name, LoRALinear(own[name], A, B))
     return model.requires_grad_(False)
 
 
 # ---- foreign names ----
 
-DIFFUSERS_CONFIG = {                                                   # our names and diffusers' of the sizes
-    "patch_size": "patch_size", "in_dim": "in_channels", "ffn_dim": "ffn_dim", "freq_dim": "freq_dim",
-    "text_dim": "text_dim", "num_heads": "num_attention_heads", "num_layers": "num_layers", "eps": "eps",
-}
-# Official Wan names and diffusers' names of modules, inside a block and outside; used both ways.
-BLOCK_NAMES = {
-    "self_attn.q": "attn1.to_q", "self_attn.k": "attn1.to_k", "self_attn.v": "attn1.to_v",
-    "self_attn.o": "attn1.to_out.0", "self_attn.norm_q": "attn1.norm_q", "self_attn.norm_k": "attn1.norm_k",
-    "cross_attn.q": "attn2.to_q", "cross_attn.k": "attn2.to_k", "cross_attn.v": "attn2.to_v",
-    "cross_attn.o": "attn2.to_out.0",
-    "cross_attn.norm_q": "attn2.norm_q", "cross_attn.norm_k": "attn2.norm_k",
+DIFFUSERS_CONFIG = {"in_dim": "in_channels", "num_heads": "num_attention_heads"}     # others are equal
+NAMES = {                                               # official Wan's and diffusers' of parts of parameters
+    "self_attn": "attn1", "cross_attn": "attn2", "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0",
     "norm3": "norm2",                                                     # the text's norm has another number
-    "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "modulation": "scale_shift_table",
-}
-OUTER_NAMES = {
+    "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
     "text_embedding.2": "condition_embedder.text_embedder.linear_2",
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
     "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "head.head": "proj_out", "head.modulation": "scale_shift_table",
+    "time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out",
+    "head.modulation": "scale_shift_table", "modulation": "scale_shift_table",
 }
 
 
-def rename(key, outer, block):
-    """The parameter name key with its module's name looked up in outer or, inside a block, in block."""
-    head, names = (".".join(key.split(".")[:2]) + ".", block) if key.startswith("blocks.") else ("", outer)
-    rest = key[len(head):]
-    for old, new in names.items():
-        if rest == old or rest.startswith(old + "."):
-            return head + new + rest[len(old):]
-    return key
+def rename(key, names):
+    """A parameter's name key with its parts, whole words between dots, replaced as names say."""
+    return re.sub(rf"\b({'|'.join(map(re.escape, names))})\b", lambda match: names[match[1]], key)
 
 
 def to_diffusers(key):
     """diffusers' name of an official Wan parameter."""
-    return rename(key, OUTER_NAMES, BLOCK_NAMES)
+    return rename(key, NAMES)
 
 
 def to_official(key):
     """The official Wan name of diffusers' parameter; an official name stays as it is."""
-    return rename(key, {v: k for k, v in OUTER_NAMES.items()}, {v: k for k, v in BLOCK_NAMES.items()})
+    own = rename(key, {theirs: ours for ours, theirs in NAMES.items()})
+    return "head.modulation" if own == "modulation" else own                    # as that of blocks has it too
 
 
-LORA_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "pipe.dit.", "lora_unet__",
-                 "lora_unet_")
 LORA_FAULTS = {"dora|magnitude": "of DoRA, which is not supported", "img|image|add_[kv]": "an image model's",
                "bias$|diff_b$": "a bias, which is not supported", "": "of no layer of this model"}
-LORA_KEY = re.compile(r"(.+?)\.(?:lora_(A|B|down|up)(?:\.default)?(?:\.weight)?|(alpha))")
+LORA_PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
+LORA_PREFIX = r"(?:(?:base_model\.model|diffusion_model|transformer|pipe\.dit)\.|lora_unet__?)*"
+LORA_KEY = re.compile(rf"{LORA_PREFIX}(.+?)\.({'|'.join(LORA_PARTS)})(\.default)?(\.weight)?")
 
 
 def read_lora(path, shapes):
@@ -493,15 +476,13 @@ def read_lora(path, shapes):
         raise UserError(f"{path} has a header that is no JSON object under lora_adapter_metadata") from None
     flat, layers = {name.replace(".", "_"): name for name in shapes}, {}
     for key, x in tensors.items():
-        for prefix in LORA_PREFIXES:
-            key = key.removeprefix(prefix)
         match = LORA_KEY.fullmatch(key)
         name = to_official(match[1]) if match else key
         name = flat.get(name, name)
         if match is None or name not in shapes:
             why = next(what for pattern, what in LORA_FAULTS.items() if re.search(pattern, key))
             raise UserError(f"{path}: {key} is {why}")
-        layers.setdefault(name, {})[{"down": "A", "up": "B"}.get(match[2], match[2] or match[3])] = x.float()
+        layers.setdefault(name, {})[LORA_PARTS[match[2]]] = x.float()
     found = {}
     for name, layer in layers.items():
         if not {"A", "B"} <= layer.keys():
@@ -512,8 +493,7 @@ def read_lora(path, shapes):
                             f"{shapes[name][0]} x {shapes[name][1]}: it is another model's")
         alpha = header.get("lora_alpha", rank)
         for pattern, value in (header.get("alpha_pattern") or {}).items():
-            theirs = to_diffusers(f"{name}.weight").removesuffix(".weight")
-            alpha = value if re.fullmatch(rf"(.*\.)?({pattern})", theirs) else alpha
+            alpha = value if re.fullmatch(rf"(.*\.)?({pattern})", to_diffusers(name)) else alpha
         alpha = float(layer.get("alpha", alpha))
         found[name] = A, B * (alpha / (math.sqrt(rank) if header.get("use_rslora") else rank))
     if not found:
@@ -564,10 +544,9 @@ def fetch(path, wanted):
 
 def check_pointer(path):
     """UserError names a file that is a pointer of git-lfs to its content."""
-    if Path(path).is_file() and Path(path).stat().st_size < 1024:
-        with open(path, "rb") as file:
-            if file.read(24) == b"version https://git-lfs.":
-                raise UserError(f"{path} is a pointer of git-lfs, not the content: run git lfs pull there")
+    small = Path(path).is_file() and Path(path).stat().st_size < 1024
+    if small and Path(path).read_bytes().startswith(b"version https://git-lfs."):
+        raise UserError(f"{path} is a pointer of git-lfs, not the content: run git lfs pull there")
 
 
 def read_json(path):
@@ -581,21 +560,18 @@ def read_json(path):
     return value
 
 
-def read_config(source):
-    """The Config in a config.json of diffusers or of official Wan, a path or its dictionary. UserError for
-    another architecture.
+def read_config(raw, path):
+    """The Config that the config.json of diffusers or of official Wan holds, given as raw; path: where it
+    stands. UserError for another architecture.
     """
-    path, raw = ("the file", source) if isinstance(source, dict) else (source, read_json(source))
     if "attention_head_dim" in raw:                                             # diffusers' keys
         raw = raw | {ours: raw.get(theirs) for ours, theirs in DIFFUSERS_CONFIG.items()}
-        raw["dim"] = raw["num_heads"] * raw["attention_head_dim"] if is_size(raw["num_heads"]) else None
-    sizes = {name: raw.get(name, default) for name, default in vars(Config()).items()}
+        heads = raw["num_heads"]
+        raw["dim"] = heads * raw["attention_head_dim"] if is_size(heads, 1) else None
+    usual = vars(Config())
+    sizes = {name: raw.get(name, value) for name, value in usual.items()}
     for name, value in sizes.items():
-        if name == "patch_size":
-            valid = isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_size, value))
-        else:
-            valid = isinstance(value, float) and value > 0 if name == "eps" else is_size(value)
-        if not valid:
+        if not is_size(value, usual[name]):
             raise UserError(f"{path}: {name} = {value} is not a valid size")
     channels = None, sizes["in_dim"]
     allowed = {"_class_name": ("WanModel", "WanTransformer3DModel"), "model_type": ("t2v",),
@@ -606,9 +582,11 @@ def read_config(source):
     return Config(**sizes | {"patch_size": tuple(sizes["patch_size"])})
 
 
-def is_size(x):
-    """Whether x is a whole number that a layer can have as its size."""
-    return isinstance(x, int) and 0 < x < 2**20
+def is_size(x, usual):
+    """Whether x can be where a number, or three of them, is usual: one of its kind, above 0 and not huge."""
+    if isinstance(usual, tuple):
+        return isinstance(x, list) and len(x) == len(usual) and all(is_size(n, 1) for n in x)
+    return isinstance(x, type(usual)) and 0 < x < 2**20
 
 
 def unshard(x):
@@ -657,17 +635,14 @@ def read_tensors(path, metadata_only=False):
 
 
 def load_strict(module, tensors, path):
-    """Give the module these tensors as its own. UserError names the missing, unexpected and misshapen."""
-    own = module.state_dict()
-    odd = [f"missing {k}" for k in own if k not in tensors]
-    odd += [f"unexpected {k}" for k in tensors if k not in own]
-    odd += [f"{k} is {tuple(tensors[k].shape)}, not {tuple(v.shape)}" for k, v in own.items()
-            if k in tensors and tensors[k].shape != v.shape]
-    odd += [f"{k} is {v.dtype}" for k, v in tensors.items() if not v.is_floating_point()]
-    if odd:
-        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise UserError(f"{path} does not fit the model: {'; '.join(odd[:3])}{more}")
-    module.load_state_dict(tensors, assign=True)
+    """Give the module these tensors as its own. UserError names the missing, unexpected and misshapen, and
+    those that are no floating-point numbers.
+    """
+    try:
+        module.load_state_dict(tensors, assign=True)
+    except RuntimeError as e:
+        _, *faults = str(e).splitlines()
+        raise UserError(f"{path} does not fit the model: {shorten(' '.join(faults), 300)}") from None
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data import (DIMS, DTYPES, RANK, RANKS, Shapes, caption_of, check_world, file_key, flawed_videos,
-                  gather_rows, launch, merged, normalised, oracle, progress, read_shapes, read_video,
-                  remembered, rng, true_scores, video_info, with_overall, write_json)
+                  gather_rows, launch, markdown, merged, metadata_of, normalised, oracle, progress,
+                  read_shapes, read_video, remembered, rng, true_scores, video_info, with_overall, write_json)
 from model import (LayerNorm, UserError, VideoDiT, add_lora, fetch, load_strict, read_config, read_json,
                    read_tensors, save_tensors)
 
@@ -48,6 +48,7 @@ class LatentReward(nn.Module):
     def __init__(self, config, depth=2):
         super().__init__()
         self.config, self.depth = config, depth
+        self.reads = "shapes" if config.in_dim == 3 else "wan"              # the world whose latents it reads
         self.dit = VideoDiT(replace(config, num_layers=depth))
         self.dit.head = None                                                    # it draws no video
         self.norm = LayerNorm(config.dim, config.eps)
@@ -57,11 +58,6 @@ class LatentReward(nn.Module):
         self.out = nn.Parameter(torch.randn(len(DIMS), config.dim) / config.dim**0.5)
         self.register_buffer("mean", torch.zeros(len(DIMS)))             # of raw scores on the validation set
         self.register_buffer("std", torch.ones(len(DIMS)))
-
-    @property
-    def reads(self):
-        """The world whose latents it reads."""
-        return "shapes" if self.config.in_dim == 3 else "wan"
 
     def forward(self, xt, t, text):
         """Raw scores (B, 3) fp32 from xt (B, C, T, H, W), t (B,) in [0, 1] and text (B, S, text_dim); of
@@ -78,7 +74,11 @@ class LatentReward(nn.Module):
 
     def score(self, xt, t, text):
         """Scores (B, 3), z-normalised on the validation set."""
-        return (self(xt, t, text) - self.mean) / self.std
+        return self.normalised(self(xt, t, text))
+
+    def normalised(self, r):
+        """Raw scores r (.., 3) as z-scores."""
+        return (r - self.mean.to(r)) / self.std.to(r)
 
     @torch.no_grad()
     def score_clean(self, x0, text):
@@ -105,8 +105,7 @@ class LatentReward(nn.Module):
     def from_base(cls, model, depth=2):
         """A LatentReward whose blocks start as the first ones of a pretrained VideoDiT, as in the paper."""
         reward = cls(model.config, depth)
-        weights, own = model.state_dict(), reward.dit.state_dict()
-        reward.dit.load_state_dict({k: weights[k] for k in own})
+        reward.dit.load_state_dict(model.state_dict(), strict=False)           # it has more blocks and a head
         return reward
 
     def save(self, folder, metadata):
@@ -123,7 +122,7 @@ class LatentReward(nn.Module):
             check_world(metadata, file)
         if not {"config", "depth"} <= metadata.keys():
             raise UserError(f"{file} does not say how deep a model it is of")
-        reward = cls(read_config(json.loads(metadata["config"])), int(metadata["depth"]))
+        reward = cls(read_config(json.loads(metadata["config"]), file), int(metadata["depth"]))
         load_strict(reward, {k: v.float() for k, v in tensors.items()}, file)
         return reward.eval().requires_grad_(False)
 
@@ -173,21 +172,18 @@ def read_template(path):
     """The prompt of the released checkpoint: a string constant in the authors' prompt_template.py, which is
     parsed and never executed.
     """
-    found = []
+    text = ""
     try:
         for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
-            names = [getattr(x, "id", "") for x in getattr(node, "targets", ())]
-            if isinstance(node, ast.Assign) and THEIR_TEMPLATE in names:
-                found.append(ast.literal_eval(node.value))
-        pieces = [piece for text in found for piece in string.Formatter().parse(text)]
-        fields = [field for _, field, _, _ in pieces if field is not None]
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == THEIR_TEMPLATE:
+                text = ast.literal_eval(node.value)
+        fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
     except (OSError, SyntaxError, ValueError, TypeError) as e:
         raise UserError(f"--template {path} cannot be read: {e}") from None
-    marks = (*TOKENS[:2], "{text_prompt}", TOKENS[2])                           # each once and in this order
-    in_order = found and re.findall("|".join(map(re.escape, marks)), found[-1]) == [*marks]
-    if fields != ["text_prompt"] or not in_order:
+    marks = [*TOKENS[:2], "{text_prompt}", TOKENS[2]]                           # each once and in this order
+    if fields != ["text_prompt"] or re.findall("|".join(map(re.escape, marks)), text) != marks:
         raise UserError(f"--template {path} must set {THEIR_TEMPLATE} to a text with {', '.join(marks)}")
-    return found[-1]
+    return text
 
 
 # ---- VideoReward: what it sees ----
@@ -351,13 +347,13 @@ class VideoReward(nn.Module):
         return self.score(files, prompts)
 
     def normalised(self, r):
-        """Raw scores r (B, 3) as z-scores; raw, which is said once, where the checkpoint has no constants."""
+        """Raw scores r (.., 3) as z-scores; raw, which is said once, where the file has no constants."""
         if self.mean.isnan().any():
             if not getattr(self, "said", False):
                 print("the checkpoint has no normalisation constants: these scores are raw")
             self.said = True
             return r
-        return (r - self.mean.cpu()) / self.std.cpu()
+        return (r - self.mean.to(r)) / self.std.to(r)
 
     def trainable(self, seed=0):
         """Make trainable what the paper trains, in fp32, since steps of 2e-6 vanish in bf16: all of the
@@ -453,7 +449,7 @@ def is_qwen(name):
     """
     config = fetch(name, ["config.json"]) / "config.json"
     kind = read_json(config).get("model_type") if config.is_file() else None
-    if kind != "qwen2_vl" and isinstance(kind, str) and kind != "t2v":
+    if kind not in ("qwen2_vl", "t2v", None):
         raise UserError(f"{name} is a {kind}: of vision-language models only Qwen2-VL is supported")
     return kind == "qwen2_vl"
 
@@ -597,7 +593,7 @@ def reads(path):
     if not file.exists():
         raise UserError(f"{path} holds no model_config.json or reward.safetensors: is it a finished run of "
                         "train_reward.py?")
-    return "shapes" if "world" in read_tensors(file, metadata_only=True)[1] else "wan"
+    return "shapes" if "world" in metadata_of(file) else "wan"
 
 
 def check_reward(path, world, kinds=None, template=None):
@@ -611,20 +607,20 @@ def check_reward(path, world, kinds=None, template=None):
     if kind == "files":
         read_settings(locate(path)[0], template)
     if kind == "wan":
-        own = read_config(json.loads(read_tensors(fetch(path, []) / "reward.safetensors", True)[1]["config"]))
-        if own.in_dim != world.channels:
-            raise UserError(f"{path} reads {own.in_dim} latent channels, and this Wan has {world.channels}")
+        channels = json.loads(metadata_of(fetch(path, []) / "reward.safetensors")["config"])["in_channels"]
+        if channels != world.channels:
+            raise UserError(f"{path} reads {channels} latent channels, and this Wan has {world.channels}")
 
 
-def load_reward(path, base=None, template=None, dtype=None):
-    """The reward at path: a VideoReward, its Qwen2-VL in dtype, the LatentReward of a run folder, or for
-    "oracle" the truth.
+def load_reward(path, base=None, template=None, dtype=None, device="cpu"):
+    """The reward at path, on the device: a VideoReward, its Qwen2-VL in dtype, the LatentReward of a run
+    folder, or for "oracle" the truth.
     """
     if path == "oracle":
         return Oracle()
     if reads(path) == "files":
-        return VideoReward.from_pretrained(path, base, template, dtype)
-    return LatentReward.from_pretrained(path)
+        return VideoReward.from_pretrained(path, base, template, dtype).to(device)
+    return LatentReward.from_pretrained(path).to(device)
 
 
 def score_videos(reward, paths, prompts, cache_file):
@@ -697,34 +693,28 @@ def main(args):
         raise UserError("the oracle stands beside every reward of the toy: name a reward")
     for path in args.video:
         check_video(path)
-    if reads(args.ckpt) != "files":
-        check_reward(args.ckpt, Shapes())
-        return print_toy(args, load_reward(args.ckpt))
-    if not (args.video and args.prompt):
-        raise UserError("VideoReward scores video files: name some, and with --prompt what they should show")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    reward = load_reward(args.ckpt, args.base, args.template, DTYPES[args.dtype]).to(device)
-    scores = reward.score(args.video, [args.prompt] * len(args.video), not args.raw)
-    print(f"{'':36} " + " ".join(f"{name:>8}" for name in (*DIMS, "Overall")))
-    for name, r in zip(args.video, with_overall(scores).tolist()):
-        print(f"{str(name)[-36:]:36} " + " ".join(f"{x:+8.3f}" for x in r))
-    print("normalised, 0 is an average video and negative is normal; raw, the sign means nothing")
-    return scores
-
-
-def print_toy(args, reward):
-    """Print a latent reward's scores beside the oracle's; returns them (B, 3)."""
-    if args.video:
-        x0 = torch.stack([read_shapes(path) for path in args.video])
-        prompts, names = [args.prompt] * len(x0), args.video
+    names, prompts, truth = args.video, [args.prompt] * len(args.video), None
+    if reads(args.ckpt) == "files":
+        if not (args.video and args.prompt):
+            raise UserError("VideoReward scores video files: name some, and by --prompt what they shall show")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        reward = load_reward(args.ckpt, args.base, args.template, DTYPES[args.dtype], device)
+        scores = reward.score(args.video, prompts, not args.raw)
     else:
-        x0, prompts = flawed_videos(8, "eval", rng(0))
-        names, x0 = prompts, x0.float()
-    truth, scores = oracle(x0, prompts), reward.score_clean(x0, Shapes().embed(prompts))
-    print(f"{'':36} {'reward, 0 is average':24}  oracle, 0 to 1")
-    for name, r, o in zip(names, scores.tolist(), truth):
-        scored = " ".join(f"{dim} {x:+.2f}" for dim, x in zip(DIMS, r))
-        print(f"{str(name)[-36:]:36} {scored}  {caption_of(o)}")
+        check_reward(args.ckpt, Shapes())
+        if args.video:
+            x0 = torch.stack([read_shapes(path) for path in args.video])
+        else:
+            x0, prompts = flawed_videos(8, "eval", rng(0))
+            x0, names = x0.float(), prompts
+        scores = load_reward(args.ckpt).score_clean(x0, Shapes().embed(prompts))
+        truth = oracle(x0, prompts)
+    head = ["", *DIMS, "Overall"]
+    rows = [[name, *(f"{x:+.3f}" for x in r)] for name, r in zip(names, with_overall(scores).tolist())]
+    if truth is not None:
+        head, rows = [*head, "oracle, 0 to 1"], [[*row, caption_of(x)] for row, x in zip(rows, truth)]
+    print(markdown(head, rows))
+    print("normalised, 0 is an average video and negative is normal; raw, the sign means nothing")
     return scores
 
 

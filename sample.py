@@ -609,9 +609,7 @@ def main(args):
     start_model = model
     if args.against not in ("", "base"):
         start_model = to_device(load_all([args.against], world, DTYPES[args.dtype]), device)
-    reward = load_reward(args.reward, template=args.template) if args.reward else None
-    if isinstance(reward, torch.nn.Module):
-        reward.to(device)
+    reward = load_reward(args.reward, template=args.template, device=device) if args.reward else None
 
     prompts = [row["prompt"] for row in rows for _ in range(args.n_per_prompt)]
     texts = embed_all(world, prompts, args.negative)

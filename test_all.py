@@ -1663,7 +1663,7 @@ reward        {ask} --ckpt {base}                                  finished run
 reward        {ask} --template {template} --base {released}        is not a Qwen2-VL
 reward        {ask} --template {template} --ckpt {odd}             only sample_type = 'uniform' is known
 reward        {ask} --template {template} --ckpt {cut_reward}      model.pth cannot be read
-reward        {ask} --template {template} --ckpt {short}           does not fit the model: missing
+reward        {ask} --template {template} --ckpt {short}           does not fit the model: Missing
 reward        {ask} --template {template} --ckpt {evil}            model.pth cannot be read
 train_reward  --model {base}                                       with --pairs
 train_reward  --pairs {prefs}                                      --model

@@ -26,35 +26,34 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import (DTYPES, FRAMES, RANKS, RENDERERS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
-                  add_gradients, all_gather, check_out, command, draw_noise, embed_text, fill, flawed_videos,
-                  launch, learning_rate_scale, micro_batches, noise_samples, overall, prompts_of, recipes,
-                  render_as, report_pairs, rng, shard, start_ranks, step_rows, world_of)
+                  add_gradients, all_gather, check_out, command, draw_noise, fill, flawed_videos, launch,
+                  learning_rate_scale, micro_batches, overall, recipes, render_as, report_pairs, rng, shard,
+                  start_ranks, step_rows, world_of)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, unshard
 from reward import check_reward, load_reward
 from sample import evaluate, expert_of, load_model, report, toy_videos
 
 # What unset flags fall to. The second column is the paper's Table 10, one recipe for all three losses; the
-# first was tuned on validation prompts.
-RECIPES = recipes(("shapes", "wan"), {                                          # Wan 2.2: carried over
-    "lr":            (3e-4,         5e-6),
-    "lora_rank":     (16,           64),
-    "lora_alpha":    (32.0,         128.0),
-    "steps":         (100,          None),                                      # None: one epoch
-    "batch":         (24,           64),
-    "accumulate":    (1,            64),
-    "warmup":        (10,           0),
-    "save_every":    (50,           100),
-    "frames":        (FRAMES,       81),
-    "size":          ((SIZE, SIZE), (480, 832)),
-    "dtype":         ("fp32",       "bf16"),
-    "checkpointing": (False,        True),
-    "decoupled":     (False,        None),                                      # None: rehearse decides
-    "compile":       (False,        torch.cuda.is_available()),
-    "ema":           (0.0,          0.0),
+# first was tuned on validation prompts; the third makes the toy's base.
+RECIPES = recipes(("shapes", "wan", "pretrain"), {                              # Wan 2.2: carried over
+    "lr":            (3e-4,         5e-6,       2e-3),
+    "lora_rank":     (16,           64,         0),
+    "lora_alpha":    (32.0,         128.0,      0.0),
+    "steps":         (100,          None,       3000),                          # None: one epoch
+    "batch":         (24,           64,         24),
+    "accumulate":    (1,            64,         1),
+    "warmup":        (10,           0,          50),
+    "save_every":    (50,           100,        500),
+    "frames":        (FRAMES,       81,         FRAMES),
+    "size":          ((SIZE, SIZE), (480, 832), (SIZE, SIZE)),
+    "dtype":         ("fp32",       "bf16",     "fp32"),
+    "checkpointing": (False,        True,       False),
+    "decoupled":     (False,        None,       False),                         # None: rehearse decides
+    "compile":       (False,        torch.cuda.is_available(), False),
+    "ema":           (0.0,          0.0,        0.998),
 })
 TOY_LR = {"sft": 1e-3, "rwr": 1e-3}                                             # where it is not Flow-DPO's
-PRETRAIN = dict(lr=2e-3, lora_rank=0, lora_alpha=0.0, steps=3000, warmup=50, save_every=500, ema=0.998)
 ONLY = {"beta": ("dpo",), "beta_schedule": ("dpo",), "tau": ("rwr",)}         # flags that other losses ignore
 
 
@@ -102,13 +101,12 @@ class Args:
 def check(args, world):
     """Fill unset flags from the recipe, and refuse what contradicts itself, before any work is done."""
     pretrains = args.loss == "pretrain"
-    recipe = {flag: values[world.name] for flag, values in RECIPES.items()}
-    if world.name == "shapes":
+    column = "pretrain" if pretrains else world.name
+    recipe = {flag: values[column] for flag, values in RECIPES.items()}
+    if column == "shapes":
         recipe["lr"] = TOY_LR.get(args.loss, recipe["lr"])
-    fill(args, recipe | (PRETRAIN if pretrains else {}))
-    fill(args, {"out": f"runs/{args.loss}", "labels": "human" if args.pairs else "reward"})
-    if not pretrains:
-        fill(args, {"expert": expert_of(args.model)})
+    fill(args, recipe | {"out": f"runs/{args.loss}", "labels": "human" if args.pairs else "reward",
+                         "expert": None if pretrains else expert_of(args.model)})
     world.latent_shape(args.frames, args.size)                                  # these refuse what cannot be
     world.t_range(args.expert)
     for name, losses in ONLY.items():
@@ -138,7 +136,7 @@ def policy_and_reference(args, device):
     it is a frozen copy.
     """
     start = load_model(args.model, DTYPES[args.dtype] if args.lora_rank else torch.float32, args.expert)
-    start.compute_dtype = None if args.lora_rank or args.dtype == "fp32" else torch.bfloat16
+    start.compute_dtype = DTYPES[args.dtype]
     start = start if args.shard else start.to(device)                      # sharding moves it, block by block
     if args.lora_rank:
         model = add_lora(start, args.lora_rank, args.lora_alpha, seed=args.seed)
@@ -178,9 +176,8 @@ def label(args, world, pairs, device):
         if not len(usable):
             raise UserError(f"none of the {len(pairs)} pairs is decided by labels under --dim_w {args.dim_w}")
     else:
-        reward = load_reward("oracle" if args.labels == "oracle" else args.reward, template=args.template)
-        if isinstance(reward, torch.nn.Module):
-            reward.to(device)
+        path = "oracle" if args.labels == "oracle" else args.reward
+        reward = load_reward(path, template=args.template, device=device)
         r = overall(reward.score_pairs(world, pairs, args.cache), args.dim_w)
         margin = r[:, 0] - r[:, 1]
     b_wins = margin < 0
@@ -204,7 +201,7 @@ def velocity_errors(model, x0, text, t, eps):
 
 def error_pairs(model, x0, text, t, eps, decoupled):
     """Yield (err_w, err_l), (B,) each, of the winner and the loser x0 (B, 2, C, T, H, W), such that the
-    gradients of a loss of each add up to the loss's own.
+    gradients of a loss of each yield add up to the loss's own.
 
     Together, that is once. Decoupled, the gradient of a function of two arguments is taken as the sum of its
     partial ones: the winner's error with a graph beside the loser's value, whose graph is freed by the
@@ -228,46 +225,39 @@ def rehearse(args, world, model, reference, steps, device):
     Where args.decoupled is unset it is decided here, from a decoupled micro-batch: both videos of a pair go
     through the model at once where twice its activations fit into 0.9 of the memory.
     """
-    g, B = rng("rehearsal"), 2 * args.batch if args.loss == "sft" else args.batch
-    b, shape = len(micro_batches(B, args.accumulate)[0]), world.latent_shape(args.frames, args.size)
-    x0, text, t, eps = (y.to(device) for y in (
-        torch.randn(b, 1 if args.loss == "sft" else 2, *shape, generator=g),
-        torch.randn(b, world.text_len, model.config.text_dim, generator=g),
-        torch.rand(b, generator=g), torch.randn(b, *shape, generator=g)))
-
-    def seconds(decoupled):
-        """How long the second of two micro-batches takes: the first compiles."""
-        for _ in range(2):
-            tic = time.time()
-            if args.loss == "dpo":
-                with torch.no_grad(), reference() as frozen:
-                    velocity_errors(frozen, x0, text, t, eps)
-                for err_w, err_l in error_pairs(model, x0, text, t, eps, decoupled):
-                    (err_w - err_l).sum().backward()
-            else:
-                for x in x0.split(1, dim=1) if decoupled else [x0]:
-                    velocity_errors(model, x, text, t, eps).sum().backward()
-            if device == "cuda":
-                torch.cuda.synchronize()
-        return time.time() - tic
+    B, videos = (2 * args.batch, 1) if args.loss == "sft" else (args.batch, 2)
+    batches = micro_batches(torch.arange(B), args.accumulate)
+    b, shape, g = len(batches[0][0]), world.latent_shape(args.frames, args.size), rng("rehearsal")
+    x0, text, t, eps = (torch.rand(size, generator=g).to(device) for size in (
+        (b, videos, *shape), (b, world.text_len, model.config.text_dim), (b,), (b, *shape)))
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()                                   # from here on it is training's
     before, total = memory(device)
-    spent, peak = seconds(args.decoupled is not False), memory(device)[0]
     held = 4 * (3 if args.ema else 2) * sum(p.numel() for p in model.parameters() if p.requires_grad)
     held = held / RANKS if args.shard else held                               # Adam's moments and the average
-    if args.decoupled is None:
+    decided = False if args.loss == "sft" else args.decoupled                   # sft takes one video anyway
+    for decoupled in [True, False] if decided is None else [decided]:
+        for _ in range(2):                                                      # the first compiles
+            tic = time.time()
+            if args.loss == "dpo":
+                with torch.no_grad(), reference() as frozen:
+                    velocity_errors(frozen, x0, text, t, eps)
+            for errors in error_pairs(model, x0, text, t, eps, decoupled):
+                sum(errors).sum().backward()
+            if device == "cuda":
+                torch.cuda.synchronize()
+        spent, peak = time.time() - tic, memory(device)[0]
         both = before + held + 2 * (peak - before)
-        args.decoupled = args.loss != "sft" and any(all_gather(both > 0.9 * total))
-        if not args.decoupled:
-            spent, peak = seconds(False), memory(device)[0]
+        if any(all_gather(both > 0.9 * total)):                             # on any rank: it stays decoupled
+            break
+    args.decoupled = decoupled
     model.zero_grad()
-    minutes = spent * len(micro_batches(B, args.accumulate)) * steps / 60
-    one = ", one video of a pair at a time" if args.decoupled else ""
-    print(f"{spent:.2f} s a micro-batch{one}; {steps} steps take about "
-          + (f"{minutes / 60:.1f} hours" if minutes > 60 else f"{minutes:.1f} minutes")
-          + f" and {(peak + held) / 1e9:.1f} of {total / 1e9:.0f} GB")
+    hours = spent * len(batches) * steps / 3600
+    took = f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.1f} minutes"
+    one = ", one video of a pair at a time" if decoupled else ""
+    print(f"{spent:.2f} s a micro-batch{one}; {steps} steps take about {took} and "
+          f"{(peak + held) / 1e9:.1f} of {total / 1e9:.0f} GB")
 
 
 def memory(device):
@@ -283,35 +273,34 @@ def memory(device):
 def align(args, world, device):
     """Align a model with preferences; returns what eval.json holds."""
     pairs = world.read(args, labelled=args.labels == "human")                  # refuse first; then the folder
-    model, reference = policy_and_reference(args, device)
+    model, reference = policy_and_reference(args, device)     # 1. the policy, and what it must stay near
     run = Run(args, device, longer=True)                                       # the learning rate is constant
-    report_pairs(pairs, () if args.pairs else prompts_of(args.split))
+    report_pairs(pairs, () if args.pairs else world.prompts(args.split))
     B = 2 * args.batch if args.loss == "sft" else args.batch           # 2 x batch videos a step, in each loss
     rehearse(args, world, model, reference, args.steps or -(-len(pairs) // B), device)
     move(args, model, reference, "cpu")                                         # encoders need the memory
-    pairs, usable, r = label(args, world, world.encode(pairs, args), device)
+    pairs, usable, r = label(args, world, world.encode(pairs, args), device)    # 2. A is now the winner
     move(args, model, reference, device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    average = torch.nn.ParameterList(p.detach().clone() for p in trained) if args.ema else None
+    average = torch.nn.ParameterList(p.detach().clone() for p in trained if args.ema)
     optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
     epoch = -(-len(usable) // B)
     steps = args.steps = args.steps or epoch
     print(f"{len(usable)} pairs / {B} a step: {steps} steps, {steps / epoch:.2g} epochs")
+    t_range, weights = world.t_range(args.expert), torch.zeros(len(pairs), 2, device=device)
     if args.loss == "dpo":
         print(beta_elsewhere(args.beta, world.latents(pairs, [0])[0, 0].numel()))
 
-    for step in run.steps(steps, model=model, average=average, optimizer=optimizer):
+    for step in run.steps(steps, model=model, average=average, optimizer=optimizer):    # 3. saved, resumed
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(step, steps, args.warmup)
         rows = usable[step_rows(len(usable), B, args.seed, step)]
-        samples = noise_samples(rows)                                           # the noise is the row's own
         if args.loss == "rwr":          # exp(r / tau) over the whole step: what Flow-RWR makes of errors of 1
-            weights = flow_rwr(torch.ones(2 * B), r[rows].flatten(), args.tau).view(B, 2).to(device)
-        for places in micro_batches(B, args.accumulate):
-            ids = rows[places]
+            weights[rows] = flow_rwr(torch.ones(2 * B), r[rows].flatten(), args.tau).view(B, 2).to(device)
+        for ids, samples in micro_batches(rows, args.accumulate):               # this rank's share, in turn
+            # x0 (b, 2, C, T, H, W), winner first; t and eps are the same for winner and loser
             x0, text = world.latents(pairs, ids).to(device), world.text(pairs, ids).to(device)
-            mine = [samples[i] for i in places]
-            t, eps = draw_noise(x0.shape[2:], args.seed, step, mine, t_range=world.t_range(args.expert))
-            t, eps = t.to(device), eps.to(device)
+            t, eps = draw_noise(x0.shape[2:], args.seed, step, samples, t_range=t_range)
+            t, eps, details = t.to(device), eps.to(device), {}
             if args.loss == "dpo":
                 with torch.no_grad(), reference() as frozen:
                     ref_w, ref_l = velocity_errors(frozen, x0, text, t, eps).unbind(1)
@@ -321,26 +310,23 @@ def align(args, world, device):
                     (loss.sum() / B).backward()
                 gap_w, gap_l = err_w - ref_w, err_l - ref_l
                 logit = beta / 2 * (gap_l - gap_w)                              # loss = -log sigmoid(logit)
-                run.see(t=t, loss=loss, gap_w=gap_w, gap_l=gap_l, err_ref_w=ref_w, logit=logit)
+                details = dict(gap_w=gap_w, gap_l=gap_l, err_ref_w=ref_w, logit=logit)
             elif args.loss == "rwr":
-                loss = 0
-                for k in ([0], [1]) if args.decoupled else ([0, 1],):         # its two videos are independent
-                    err = velocity_errors(model, x0[:, k], text, t, eps)
-                    part = (weights[places][:, k] * err).sum(1) / 2
+                n, loss = 1 if args.decoupled else 2, 0                       # its two videos are independent
+                for x, weight in zip(x0.split(n, dim=1), weights[ids].split(n, dim=1)):
+                    part = (weight * velocity_errors(model, x, text, t, eps)).sum(1) / 2
                     (part.sum() / B).backward()
                     loss = loss + part.detach()
-                run.see(t=t, loss=loss)
             else:
                 loss = flow_sft(velocity_errors(model, x0[:, :1], text, t, eps)[:, 0])
                 (loss.sum() / B).backward()
-                run.see(t=t, loss=loss)
+            run.see(t=t, loss=loss, **details)                                  # one value a sample
         add_gradients(model.parameters())
         grad_norm = unshard(clip_grad_norm_(model.parameters(), args.max_grad_norm))
         run.check(pairs.where(rows), grad_norm)                                 # before a weight moves
         optimizer.step()
         optimizer.zero_grad()
-        if average is not None:
-            update_average(average, trained, args.ema, step)
+        update_average(average, trained, args.ema, step)                        # which is empty without
         tell(run, grad_norm)
     return finish(args, world, run, model, average, reference)
 
@@ -350,7 +336,7 @@ def pretrain(args, device):
     t logit-normal; Muon on the blocks' matrices at 10 times the rate and AdamW on the rest. Returns what
     eval.json holds.
     """
-    B = 2 * args.batch
+    world, B = Shapes(), 2 * args.batch
     run = Run(args, device)
     torch.manual_seed(args.seed)
     model = VideoDiT(PRESETS["toy"]).to(device)
@@ -366,11 +352,11 @@ def pretrain(args, device):
         muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = 10 * args.lr * scale, args.lr * scale
         g = rng("mixture", args.seed, step)
         videos, prompts = flawed_videos(B, None, g)
-        text = embed_text(prompts)
+        text = world.embed(prompts)
         text[torch.rand(B, generator=g) < 0.1] = 0
-        for ids in micro_batches(B, args.accumulate):
+        for ids, samples in micro_batches(torch.arange(B), args.accumulate):
             x0 = videos[ids].float()
-            t, eps = draw_noise(x0.shape[1:], args.seed, step, ids.tolist(), logit_normal=True)
+            t, eps = draw_noise(x0.shape[1:], args.seed, step, samples, logit_normal=True)
             batch = [y.to(device) for y in (x0[:, None], text[ids], t, eps)]
             loss = flow_sft(velocity_errors(model, *batch)[:, 0])
             (loss.sum() / B).backward()
@@ -383,7 +369,7 @@ def pretrain(args, device):
             optimizer.zero_grad()
         update_average(average, model.parameters(), args.ema, step)
         tell(run, grad_norm)
-    return finish(args, Shapes(), run, model, average, None)
+    return finish(args, world, run, model, average, None)
 
 
 @torch.no_grad()
@@ -438,16 +424,16 @@ def summary(names, seen):
     sigmoid(-logit).
     """
     columns = dict(zip(names, seen.T))
-    t, loss = columns.pop("t"), columns.pop("loss")
-    logit = columns.pop("logit", None)
-    bins = [loss[(t * 10).long().clamp(max=9) == b] for b in range(10)]
-    event = {"loss": loss.mean().item(), "loss_by_t": [x.mean().item() if len(x) else None for x in bins]}
     if "gap_w" in columns:
-        margin = columns["gap_l"] - columns["gap_w"]                     # > 0: the pair is ranked as labelled
-        event |= {"implicit_acc": (margin > 0).float().mean().item(), "margin": margin.mean().item()}
-    if logit is not None:
-        event |= {"logit": logit.abs().mean().item(), "grad_factor": torch.sigmoid(-logit).mean().item()}
-    return event | {name: x.mean().item() for name, x in columns.items()}
+        columns["margin"] = columns["gap_l"] - columns["gap_w"]          # > 0: the pair is ranked as labelled
+        columns["implicit_acc"] = (columns["margin"] > 0).float()
+    if "logit" in columns:
+        columns["grad_factor"] = torch.sigmoid(-columns["logit"])
+        columns["logit"] = columns["logit"].abs()
+    bins = (columns.pop("t") * 10).long().clamp(max=9)
+    by_t = [columns["loss"][bins == b] for b in range(10)]
+    means = {name: x.mean().item() for name, x in columns.items()}
+    return means | {"loss_by_t": [x.mean().item() if len(x) else None for x in by_t]}
 
 
 def tell(run, grad_norm):
@@ -479,7 +465,7 @@ def distance(model, reference, videos, prompts, seed):
     """
     found = []
     for ids in torch.arange(len(videos)).split(64):
-        x0, text = videos[ids], embed_text([prompts[i] for i in ids])
+        x0, text = videos[ids], Shapes().embed([prompts[i] for i in ids])
         t, eps = draw_noise(x0.shape[1:], seed, 2**31, ids.tolist())
         inputs = [y.to(next(model.parameters()).device) for y in (mix(x0, eps, t), t, text)]
         v = model(*inputs)
@@ -492,10 +478,9 @@ def finish(args, world, run, model, average, reference):
     """Save the model, and say how to judge it; of Shapes world draw its videos and judge them against the
     start model's or, pretrained, against videos such as it learnt from. Returns what eval.json holds.
     """
-    if average is not None:
-        with torch.no_grad():
-            for p, a in zip((p for p in model.parameters() if p.requires_grad), average):
-                p.copy_(a)
+    with torch.no_grad():
+        for p, a in zip((p for p in model.parameters() if p.requires_grad), average):
+            p.copy_(a)
     model.eval()
     metadata = {"command": command(args), "seed": str(args.seed), **world.metadata}
     if args.lora_rank:
@@ -504,13 +489,13 @@ def finish(args, world, run, model, average, reference):
         dtype = torch.float16 if reference is None else None                    # the base ships in 16 bit
         model.save_pretrained(run.folder / "transformer", metadata, dtype)
     if world.truth is None:
-        peak = torch.cuda.max_memory_allocated() if next(model.parameters()).is_cuda else None
-        print("" if peak is None else f"peak memory {peak / 1e9:.1f} GB; ", end="")
+        if torch.cuda.is_available():
+            print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
         start = "base" if args.lora_rank else args.model
         print(f"wrote {run.folder}; see and judge it: python sample.py --ckpt {run.folder} "
               f"--prompts prompts.csv --against {start}")
         return None
-    prompts, reward = prompts_of(args.split, args.eval_n), None
+    prompts, reward, how_far = world.prompts(args.split, args.eval_n), None, {}
     videos = toy_videos(model, prompts, args.seed, args.eval_steps)
     if reference is None:
         g = rng("mixture", args.seed)
@@ -520,9 +505,8 @@ def finish(args, world, run, model, average, reference):
         with reference() as start:
             start_videos = toy_videos(start, prompts, args.seed, args.eval_steps)
         reward = load_reward(args.reward) if args.labels == "reward" else None
-    result = evaluate(videos, start_videos, prompts, reward)
-    if reference is not None:
-        result["distance"] = distance(model, reference, videos, prompts, args.seed)
+        how_far = {"distance": distance(model, reference, videos, prompts, args.seed)}
+    result = evaluate(videos, start_videos, prompts, reward) | how_far
     report(run.folder, result, prompts, videos, start_videos)
     return result
 

@@ -21,9 +21,10 @@ from typing import Literal
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Size, check_out, command, draw_noise, fill, launch,
-                  learning_rate_scale, look_into, noise_samples, normalised, prompts_of, read_pairs, recipes,
-                  report_pairs, rng, step_rows, toy_pairs, true_scores, with_overall, world_of, write_json)
+from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Shapes, Size, check_out, command, draw_noise, fill,
+                  launch, learning_rate_scale, look_into, micro_batches, noise_samples, normalised,
+                  read_pairs, recipes, report_pairs, rng, step_rows, toy_pairs, true_scores,
+                  with_overall, world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
 from reward import LatentReward, VideoReward, accuracies, check_video, is_qwen, load_reward, reads
@@ -86,10 +87,9 @@ def check(args):
         fill(args, {flag: values[kind] for flag, values in RECIPES.items()})
     fill(args, {"loss": "bt" if args.noisy else "btt",
                 "out": "runs/eval" if args.eval else "runs/noisy" if args.noisy else "runs/reward"})
-    if args.tie <= 1:
-        raise UserError(f"--tie {args.tie} leaves no room for ties: it must be above 1 (the paper takes 5)")
-    if args.label_noise <= 0:
-        raise UserError(f"--label_noise {args.label_noise}: give a number above 0")
+    if args.tie <= 1 or args.label_noise <= 0:
+        raise UserError(f"--tie {args.tie}, --label_noise {args.label_noise}: give a tie above 1 (the paper "
+                        "takes 5; 1 leaves no room for ties), and noise above 0")
     if RANKS > 1:
         raise UserError("rewards are trained and measured by one process: leave torchrun out")
     if kind != "shapes" and not args.pairs:
@@ -107,28 +107,21 @@ def check(args):
 # ---- scores, targets, loss ----
 
 def pair_scores(args, reward, world, pairs, rows, step, samples, t=None):
-    """Raw scores (B, 2, 3) of A and B through one forward; of latents at time t, or as pair_noise draws it
-    for samples.
+    """Raw scores (B, 2, 3) of A and B through one forward; of latents at time t or, unset, at the times of
+    these samples for a noisy reward and at 0 for a clean one.
     """
-    device = reward.mean.device
     if isinstance(reward, VideoReward):
         paths, prompts = zip(*[(path, pairs.prompts[i]) for i in rows.tolist() for path in pairs.videos[i]])
-        return reward(*(x.to(device) for x in reward.inputs(paths, prompts))).view(len(rows), 2, len(DIMS))
-    x0, text = world.latents(pairs, rows), world.text(pairs, rows)
-    t, eps_a, eps_b = pair_noise(args, x0.shape[2:], samples, step, t)
-    xt = torch.stack([mix(x0[:, 0], eps_a, t), mix(x0[:, 1], eps_b, t)], dim=1).flatten(0, 1)
-    t, text = t.repeat_interleave(2), text.repeat_interleave(2, dim=0)          # the same for both
-    return reward(xt.to(device), t.to(device), text.to(device)).view(len(rows), 2, len(DIMS))
-
-
-def pair_noise(args, shape, samples, step, t=None):
-    """(t, eps_a, eps_b) of a batch of latents of this shape. t (B,): as given, or uniform for a noisy reward
-    and 0 for a clean one.
-    """
-    drawn, eps_a = draw_noise(shape, args.seed, step, samples)
-    eps_b = eps_a if args.shared_noise else draw_noise(shape, args.seed + 1, step, samples)[1]
-    t = drawn if t is None and args.noisy else torch.full_like(drawn, t or 0.0)
-    return t, eps_a, eps_b
+        inputs = reward.inputs(paths, prompts)
+    else:
+        x0, text = world.latents(pairs, rows), world.text(pairs, rows)
+        drawn, eps_a = draw_noise(x0.shape[2:], args.seed, step, samples)
+        eps_b = eps_a if args.shared_noise else draw_noise(x0.shape[2:], args.seed + 1, step, samples)[1]
+        t = drawn if t is None and args.noisy else torch.full_like(drawn, t or 0.0)
+        t, text = t.repeat_interleave(2), text.repeat_interleave(2, dim=0)      # the same for both
+        eps = torch.stack([eps_a, eps_b], dim=1).flatten(0, 1)
+        inputs = mix(x0.flatten(0, 1), eps, t), t, text
+    return reward(*(x.to(reward.mean.device) for x in inputs)).view(len(rows), 2, len(DIMS))
 
 
 @torch.no_grad()
@@ -160,9 +153,17 @@ def pair_loss(args, r, target):
     return masked_mean(btt(d, target, args.tie) if args.loss == "btt" else bt(d, target), target)
 
 
-def can_see(pairs, args):
-    """The Pairs whose videos a VideoReward can see to the end, see look_into."""
-    return look_into(pairs, args, "seen.jsonl", check_video)[0]
+def read_files(args, world):
+    """The Pairs of args.pairs whose videos can be used, all looked into: with a world, by its autoencoder,
+    else to their end by a VideoReward. UserError where there is nothing to learn from.
+    """
+    pairs = read_pairs(args.pairs, args.skip_bad)
+    if not args.eval:
+        targets(args, pairs)
+    if world is None:
+        return look_into(pairs, args, "seen.jsonl", check_video)[0]
+    world.latent_shape(args.frames, args.size)
+    return world.look_into(pairs, args)
 
 
 def split_prompts(args, pairs):
@@ -201,21 +202,18 @@ def train(args, kind, device):
     """Train, normalise on validation prompts, evaluate on held-out ones; returns what eval.json holds."""
     world = None if kind == "files" else world_of(args.model, device)
     if kind != "shapes":                                                        # files are refused first
-        if world:
-            world.latent_shape(args.frames, args.size)
-        pairs = read_pairs(args.pairs, args.skip_bad)
-        targets(args, pairs)
-        pairs = world.look_into(pairs, args) if world else can_see(pairs, args)
-        train_rows, val_rows = split_prompts(args, pairs)
+        pairs = read_files(args, world)
+        split_prompts(args, pairs)
     reward = new_reward(args, kind, device)
     run = Run(args, device)
     if kind == "shapes":
         pairs = toy_pairs(args.n_pairs, "train", args.seed, args.label_noise)
-        train_rows, held_out = torch.arange(len(pairs)), prompts_of("eval")
-    elif kind == "wan":
-        pairs = world.encode(pairs, args)
+        val = toy_pairs(args.n_eval, "val", args.seed)
+        train_rows, val_rows = torch.arange(len(pairs)), torch.arange(len(val))
+        held_out = world.prompts("eval")
+    else:
+        val = pairs = world.encode(pairs, args) if world else pairs
         train_rows, val_rows = split_prompts(args, pairs)                       # without the bad ones
-    if kind != "shapes":
         held_out = [pairs.prompts[i] for i in val_rows]
     report_pairs(pairs.subset(train_rows), held_out)
     target, history = targets(args, pairs), []
@@ -227,17 +225,15 @@ def train(args, kind, device):
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(step, args.steps, warmup, decay)
         rows = train_rows[step_rows(len(train_rows), args.batch, args.seed, step)]
         labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0
-        samples = noise_samples(rows)
-        for places in torch.arange(len(rows)).chunk(args.accumulate):
-            ids = rows[places]
-            r = pair_scores(args, reward, world, pairs, ids, step, [samples[i] for i in places])
+        for ids, samples in micro_batches(rows, args.accumulate):
+            r = pair_scores(args, reward, world, pairs, ids, step, samples)
             share = (~target[ids].isnan()).sum() / labelled           # so that parts add up to the whole mean
             part = share.to(device) * pair_loss(args, r, target[ids].to(device))
             part.backward()
             loss = loss + part.detach()
         grad_norm = clip_grad_norm_(reward.parameters(), 1.0)
         run.see(loss=loss[None])
-        t = None if kind == "files" else pair_noise(args, (), samples, step)[0].tolist()
+        t = draw_noise((), args.seed, step, noise_samples(rows))[0].tolist() if args.noisy else None
         run.check(pairs.where(rows), grad_norm, t=t)                            # before a weight moves
         optimizer.step()
         optimizer.zero_grad()
@@ -248,21 +244,17 @@ def train(args, kind, device):
             run.log(loss=recent, grad_norm=grad_norm.item())
 
     reward.eval()
-    if kind == "shapes":
-        val = toy_pairs(args.n_eval, "val", args.seed)
-        r = raw_scores(args, reward, world, val, torch.arange(args.n_eval))
-    else:
-        r = raw_scores(args, reward, world, pairs, val_rows)
+    r = raw_scores(args, reward, world, val, val_rows)
     reward.mean.copy_(r.flatten(0, 1).mean(0))
     reward.std.copy_(r.flatten(0, 1).std(0))
-    of_world = world.metadata if world else {}
-    reward.save(run.folder, {"command": command(args), "seed": str(args.seed), **of_world})
+    metadata = {"command": command(args), "seed": str(args.seed)}
+    reward.save(run.folder, metadata | world.metadata if world else metadata)
     if kind == "shapes":
-        result = evaluate_toy(args, reward, world)
+        result = evaluate_toy(args, reward)
     else:                                     # measured on the same prompts: the constants only weigh Overall
-        r = (r - reward.mean.cpu()) / reward.std.cpu()
-        result = {"n": len(val_rows), "reward": pair_accuracies(pairs.label[val_rows], r)}
-        print_accuracies({"reward": [result["reward"]]})
+        found = pair_accuracies(pairs.label[val_rows], reward.normalised(r))
+        result = {"n": len(val_rows), "reward": found}
+        print_accuracies({"reward": [found]})
     result |= {"loss_first": history[0], "loss_last": sum(history[-20:]) / len(history[-20:])}
     write_json(run.folder / "eval.json", result)
     return result
@@ -278,7 +270,7 @@ def pair_accuracies(label, r):
     return {dim: found[dim] for dim, h in zip(found, label.T) if not h.isnan().all()}
 
 
-def evaluate_toy(args, reward, world):
+def evaluate_toy(args, reward):
     """Accuracies on held-out prompts at t = 0, and over t for a noisy reward, beside the oracle's on these
     labels; and, at t = 0, how far apart the scores of tied and of other pairs are.
     """
@@ -287,8 +279,7 @@ def evaluate_toy(args, reward, world):
     truth = truth[:, 0] - truth[:, 1]
     result = {"ceiling": accuracies(pairs.label, truth), "n": args.n_eval, "by_t": {}}
     for t in (0.0, 0.25, 0.5, 0.75, 0.9) if args.noisy else (0.0,):
-        r = raw_scores(args, reward, world, pairs, torch.arange(args.n_eval), t)
-        r = (r - reward.mean.cpu()) / reward.std.cpu()
+        r = reward.normalised(raw_scores(args, reward, Shapes(), pairs, torch.arange(args.n_eval), t))
         result["by_t"][str(t)] = pair_accuracies(pairs.label, r)
         if t == 0:
             result["differences"] = differences(pairs.label[:, :3], (r[:, 0] - r[:, 1]).abs())
@@ -312,30 +303,29 @@ def differences(label, gap):
 
 
 def benchmark(args, kind, device):
-    """Measure a trained reward, on a pairs file beside the paper's row or on the toy; returns what eval.json
+    """Measure a trained reward, on the toy or on a pairs file beside the paper's row; returns what eval.json
     holds.
     """
-    pairs = can_see(read_pairs(args.pairs, args.skip_bad), args) if kind == "files" else None
-    moved = args.model if kind == "files" and args.model != Args.model else None
-    reward = load_reward(args.eval, moved, args.template, DTYPES[args.dtype]).to(device)
     if kind == "shapes":
-        result = evaluate_toy(args, reward, world_of(args.model))
-    else:
-        r = reward.score_pairs(None, pairs, args.cache)
-        result = {"n": len(pairs), "reward": pair_accuracies(pairs.label, r)}
-        rows, table = {"reward": result["reward"]}, "VideoGen-RewardBench"
-        if list(result["reward"]) == ["Overall"]:                            # as the paper scores GenAI-Bench
-            table = "GenAI-Bench"
-            result["TA alone"] = pair_accuracies(pairs.label, r[..., 2:].expand_as(r))
-            rows["reward, TA alone"] = result["TA alone"]
-        paper = {dim: dict(zip(("without", "with"), pair)) for dim, pair in PAPER[table].items()}
-        rows[f"the paper's, {table}"] = paper
-        print_accuracies({name: [row] for name, row in rows.items()})
-    run = Run(args, device)
-    write_json(run.folder / "eval.json", result)
-    if kind == "files":
-        write_scores(run.folder / "pairs.csv", pairs, r)
-        print(f"scores of every pair: {run.folder / 'pairs.csv'}")
+        result = evaluate_toy(args, load_reward(args.eval, device=device))
+        write_json(Run(args, device).folder / "eval.json", result)
+        return result
+    pairs = read_files(args, None)
+    moved = args.model if args.model != Args.model else None
+    reward = load_reward(args.eval, moved, args.template, DTYPES[args.dtype], device)
+    r = reward.score_pairs(None, pairs, args.cache)
+    result = {"n": len(pairs), "reward": pair_accuracies(pairs.label, r)}
+    rows, table = {"reward": result["reward"]}, "VideoGen-RewardBench"
+    if list(result["reward"]) == ["Overall"]:                                # as the paper scores GenAI-Bench
+        table = "GenAI-Bench"
+        result["TA alone"] = pair_accuracies(pairs.label, r[..., 2:].expand_as(r))
+        rows["reward, TA alone"] = result["TA alone"]
+    paper = {dim: dict(zip(("without", "with"), pair)) for dim, pair in PAPER[table].items()}
+    rows[f"the paper's, {table}"] = paper
+    print_accuracies({name: [row] for name, row in rows.items()})
+    folder = Run(args, device).folder
+    write_json(folder / "eval.json", result)
+    write_scores(folder / "pairs.csv", pairs, r)
     return result
 
 
@@ -351,6 +341,7 @@ def write_scores(path, pairs, r):
         table.writerow(["path_A", "path_B", "prompt", *names, *scores])
         for pair, prompt, label, scores in zip(pairs.videos, pairs.prompts, pairs.label.tolist(), r):
             table.writerow([*pair, prompt, *(words.get(x, "") for x in label), *(f"{x:.4f}" for x in scores)])
+    print(f"scores of every pair: {path}")
 
 
 def main(args):
