@@ -1060,8 +1060,7 @@ def test_what_changed_under_a_stopped_run_is_told_and_an_ended_run_can_be_made_l
     with refusing("--steps was 1, not 2"):                                   # its learning rate hangs on them
         train_reward.main(replace(noisy, steps=2, resume=True))
 
-def test_ctrl_c_saves_first_and_resume_goes_on_or_starts_anew_but_not_with_other_arguments(
-        runs, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_saves_first_and_resume_wants_the_same_arguments(runs, tmp_path, monkeypatch, capsys):
     _, args = job("dpo", runs, tmp_path / "run", steps=3)
     main_killed(train_align, replace(args), 1, monkeypatch)
     train_align.main(replace(args, resume=True))
@@ -1168,8 +1167,7 @@ def test_sampling_gives_the_latents_and_frames_of_diffusers_pipeline(name, size,
     assert torch.allclose(x, latents, rtol=0, atol=1e-4)
     assert torch.allclose((videos + 1) / 2, frames.transpose(1, 2), rtol=0, atol=1e-4)
 
-def test_a_content_is_encoded_once_and_the_cache_bears_interruption_many_writers_and_sees_damage(
-        wan, tmp_path, monkeypatch):
+def test_a_content_is_encoded_once_and_damage_in_the_cache_is_noticed(wan, tmp_path, monkeypatch):
     shutil.copytree(wan / "v", tmp_path / "v")
     shutil.copy(wan / "v/a.mp4", tmp_path / "v/copy.mp4")
     rows = (wan / "pairs.csv").read_text().replace("v/d.mp4,v/a", "v/d.mp4,v/copy")
@@ -1199,7 +1197,7 @@ def test_a_content_is_encoded_once_and_the_cache_bears_interruption_many_writers
     with refusing("is damaged: delete it"):
         world.latents(pairs, [1])
 
-def test_dpo_on_wan_trains_a_lora_for_diffusers_and_a_second_round_starts_there_and_holds_both(wan, tmp_path):
+def test_a_lora_of_wan_loads_in_diffusers_and_a_second_round_starts_there_and_holds_both(wan, tmp_path):
     one, batch = wan_args(wan, "", dtype="bf16", out=f"{tmp_path}/one"), wan_batch()
     two = replace(one, model=one.out, seed=1, out=f"{tmp_path}/two")
     train_align.main(replace(one))
@@ -1266,7 +1264,7 @@ def test_a_run_is_sampled_as_it_was_trained_and_with_its_base_in_a_new_place(wan
     sample.main(replace(args, ckpt=[f"{here}/run"], model=str(here), steps=1))
     assert data.video_info(tmp_path / "drawn/000.mp4") == (5, 16.0, 32, 48)
 
-def test_wan_trains_in_bf16_or_in_all_its_fp32_weights_and_checkpointing_moves_no_digit(wan, tmp_path):
+def test_wan_trains_in_bf16_or_all_its_weights_in_fp32_and_checkpointing_moves_no_digit(wan, tmp_path):
     for name, changes in (("sft", dict(loss="sft", dtype="bf16")), ("half", dict(dtype="bf16")),
                           ("plain", dict(checkpointing=False)), ("kept", dict(checkpointing=True))):
         train_align.main(wan_args(wan, name, steps=2, accumulate=1, batch=2, **changes))
