@@ -921,7 +921,7 @@ def test_a_step_in_micro_batches_is_a_step_in_one(runs, qwen, tmp_path):
     assert_same_log(tmp_path / "reward1", tmp_path / "reward2", rtol=1e-3)
 
 def test_two_processes_sharded_or_not_give_the_losses_and_videos_of_one(runs, wan, tmp_path):
-    toy = align_args(runs, steps=2, eval_n=2)
+    toy = job("dpo", runs, "")[1]
     args = {"dpo": toy, "rwr": replace(toy, loss="rwr", accumulate=2),
             "wan": wan_args(wan, "", steps=4, batch=2, accumulate=1, save_every=2, cache=f"{tmp_path}/cache")}
     for name in args:
@@ -938,8 +938,8 @@ def test_two_processes_sharded_or_not_give_the_losses_and_videos_of_one(runs, wa
             assert_near(*(weights(tmp_path / x / file) for x in (name, f"{name}2")), atol)
     assert_near(*(weights(tmp_path / x / "lora.safetensors") for x in ("wan2", "cut")), 0)    # the same bits
 
-def test_one_rank_that_fails_ends_all_in_one_line(wan, tmp_path):
-    words = shlex.split(data.command(wan_args(wan, "", steps=1, batch=2, out=f"{tmp_path}/run")))[2:]
+def test_one_rank_that_fails_ends_all_in_one_line(runs, tmp_path):
+    words = shlex.split(data.command(job("dpo", runs, tmp_path / "run")[1]))[2:]
     code = ("def fails(*args):\n    if data.RANK:\n        raise OSError('disk full')\n"
             f"train_align.label = fails\ndata.launch(main, Args, '', {words})")
     out = torchrun(tmp_path, code, timeout=60)
