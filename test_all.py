@@ -464,12 +464,12 @@ def test_the_shipped_weights_are_small_and_of_this_world():
         assert metadata["command"].startswith("python train_")
 
 def test_the_shipped_base_draws_well_and_the_shipped_reward_tells_good_from_bad():
-    prompts = data.prompts_of("eval", 12)
+    prompts = data.prompts_of("eval", 9)
     steps, shift, scale = (sample.RECIPES[name]["shapes"] for name in ("steps", "shift", "cfg"))
     videos = sample.toy_videos(sample.load_model("assets/base"), prompts, 0, steps, shift, cfg_scale=scale)
-    share = oracle(videos, prompts).mean(0) / oracle(*data.flawed_videos(200, None, rng(0))).mean(0)
-    assert (share > 0.7).all(), share                                           # 12 leave room for chance
-    pairs = data.toy_pairs(120, "eval", seed=1)
+    share = oracle(videos, prompts).mean(0) / oracle(*data.flawed_videos(100, None, rng(0))).mean(0)
+    assert (share > 0.7).all(), share                                           # nine leave room for chance
+    pairs = data.toy_pairs(100, "eval", seed=1)
     d = -reward.load_reward("assets/reward").score_pairs(data.Shapes(), pairs, None).diff(dim=1)[:, 0]
     assert all(reward.accuracy_without_ties(pairs.label[:, k], d[:, k]) > 0.65 for k in range(3))
 
@@ -888,10 +888,9 @@ def test_the_command_line_scores_videos_and_says_that_negative_is_normal(qwen, c
 # A run is its command: it says how it goes, may be cut anywhere, and gives the same numbers all the same.
 
 @pytest.mark.parametrize("name, changes", [
-    ("dpo", {}), ("dpo_full", dict(lora_rank=0, lr=3e-4)),
+    ("dpo", dict(steps=10)), ("dpo_full", dict(lora_rank=0, lr=3e-4, steps=10)),
     ("dpo_ta", dict(dim_w=(0.0, 0.0, 1.0), labels="oracle", beta_schedule="(1-t)^2")),
-    ("sft", dict(loss="sft", labels="human", lora_rank=0, steps=40)),
-    ("rwr", dict(loss="rwr", lora_rank=0, steps=40))])
+    ("sft", dict(loss="sft", labels="human", lora_rank=0)), ("rwr", dict(loss="rwr", lora_rank=0))])
 def test_each_objective_trains_and_its_loss_falls(runs, name, changes):
     run, result = runs / name, align(runs, runs / name, **changes)
     assert set(result["win_rate"]) == {*DIMS, "Overall"} and read(run / "eval.json") == result
@@ -940,11 +939,14 @@ def test_two_processes_sharded_or_not_give_the_losses_and_videos_of_one(runs, wa
 
 def test_one_rank_that_fails_ends_all_in_one_line(runs, tmp_path):
     words = shlex.split(data.command(job("dpo", runs, tmp_path / "run")[1]))[2:]
-    code = ("def fails(*args):\n    if data.RANK:\n        raise OSError('disk full')\n"
+    failed = tmp_path / "failed"
+    code = ("def fails(*args):\n    if data.RANK:\n"
+            f"        open({str(failed)!r}, 'w')\n        raise OSError('disk full')\n"
             f"train_align.label = fails\ndata.launch(main, Args, '', {words})")
-    out = torchrun(tmp_path, code, timeout=60)
+    out = torchrun(tmp_path, code)
     said = [line for line in out.stderr.splitlines() if line.startswith("error:")]
     assert out.returncode and said == ["error: rank 1: disk full"]
+    assert time.time() - failed.stat().st_mtime < 60
 
 def test_the_distance_is_the_mean_squared_difference_of_velocities():
     still, moved = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
@@ -1631,16 +1633,16 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "toy", TINY)
-        align(root, root / "base", loss="pretrain", steps=30, lora_rank=None, lr=None, warmup=5)
+        align(root, root / "base", loss="pretrain", steps=30, lora_rank=None, lr=None, warmup=4)
     for name, shared in (("reward", True), ("noisy", False)):
-        train_reward.main(job(name, root, root / name, n_pairs=32, steps=30, batch=16, n_eval=40,
+        train_reward.main(job(name, root, root / name, n_pairs=16, steps=24, batch=8, n_eval=30,
                               shared_noise=shared)[1])
     return root
 
 def align_args(runs, out="", **changes):
     return train_align.Args(**dict(
         model=f"{runs}/base", reward=f"{runs}/reward", n_pairs=24, steps=20, batch=8, lr=3e-3, lora_rank=4,
-        eval_n=6, eval_steps=2, out=str(out)) | changes)
+        eval_n=4, eval_steps=2, out=str(out)) | changes)
 
 def align(runs, out, **changes):
     return train_align.main(align_args(runs, out, **changes))
