@@ -16,14 +16,16 @@ paper: the toy's labeller is a latent reward too, where the paper trains a visio
 """
 import csv
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Size, check_out, command, draw_noise, fill, launch,
-                  learning_rate_scale, look_into, noise_samples, normalised, prompts_of, read_pairs, recipes,
-                  report_pairs, rng, step_rows, toy_pairs, true_scores, with_overall, world_of, write_json)
+from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Size, check_out, command, draw_noise, file_key, fill,
+                  launch, learning_rate_scale, look_into, noise_samples, normalised, prompts_of, read_pairs,
+                  recipes, remembered, report_pairs, rng, step_rows, toy_pairs, true_scores, with_overall,
+                  world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
 from reward import LatentReward, VideoReward, accuracies, check_video, is_qwen, load_reward, reads
@@ -162,7 +164,8 @@ def pair_loss(args, r, target):
 
 def can_see(pairs, args):
     """The Pairs whose videos a VideoReward can see to the end, see look_into."""
-    return look_into(pairs, args, "seen.jsonl", check_video)[0]
+    recall = remembered(Path(args.cache) / "seen.jsonl")
+    return look_into(pairs, args, lambda path: recall(file_key(path), lambda: check_video(path)))[0]
 
 
 def split_prompts(args, pairs):
