@@ -29,7 +29,7 @@ import uuid
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import lru_cache, partial, wraps
@@ -479,8 +479,7 @@ def read_csv(text):
 def text_of(path, line, row, column):
     """The text in a row's column, "" where there is none. UserError where it is something else."""
     value = row.get(column)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
-        value = str(value)
+    value = str(value) if type(value) in (int, float) and value == value else value        # but not nan
     if not isinstance(value, str | None):
         raise UserError(f"{path}, row {line}: {column} is {json.dumps(value)[:40]} and must be a text")
     if any("\ud800" <= x <= "\udfff" for x in value or ""):
@@ -539,13 +538,13 @@ def read_pairs(path, skip_bad=False):
     if bad:
         more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
         raise UserError(f"{path}, {bad[0]}{more}: mend the file; paths are relative to its folder")
-    seen, numeric = sorted(set(odd)), sorted({word for word in odd if number(word) == number(word)})
+    numeric = sorted({word for word in odd if number(word) == number(word)})    # not nan
     if numeric:
         raise UserError(f"{path} has the labels {', '.join(numeric[:5])}: write A, B or same, as numbers do "
                         "not say which one won")
     if odd:
-        print(f"{path}: {len(odd)} labels are neither A, B nor same ({', '.join(map(repr, seen[:5]))}): taken "
-              "as unlabelled")
+        seen = ", ".join(sorted({repr(word) for word in odd})[:5])
+        print(f"{path}: {len(odd)} labels are neither A, B nor same ({seen}): taken as unlabelled")
     return Pairs(prompts, videos, torch.tensor(label), torch.tensor(mos), [line for line, _ in table])
 
 
@@ -725,24 +724,21 @@ def contact_sheet(path, rows, max_frames=8):
     captions.
     """
     from PIL import Image, ImageDraw
-    strips = []
+    strips, height = [], 48                                                     # px of a strip
     for row in rows:
         for caption, video in row:
             frames = to_uint8(video).permute(1, 2, 3, 0)                                   # (T, H, W, 3)
             some = np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int)
-            frames = frames[some].cpu().numpy()
-            strips.append((caption, Image.fromarray(np.concatenate(frames, axis=1))))
-    height = 48                                                                 # px of a strip
-    scale = height / strips[0][1].height
-    width = max(int(max(strip.width for _, strip in strips) * scale), 200) + 12
-    columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * width, len(rows) * (height + 20)), "white")
-    pen, place = ImageDraw.Draw(sheet), [(c, r) for r, row in enumerate(rows) for c in range(len(row))]
-    for (caption, strip), (c, r) in zip(strips, place):
-        sharp = Image.NEAREST if scale >= 1 else Image.LANCZOS
-        strip = strip.resize((int(strip.width * scale), height), sharp)
-        sheet.paste(strip, (c * width + 4, r * (height + 20) + 2))
-        pen.text((c * width + 4, r * (height + 20) + height + 3), caption, fill="black")
+            strip = Image.fromarray(np.concatenate(frames[some].cpu().numpy(), axis=1))
+            sharp = Image.NEAREST if strip.height <= height else Image.LANCZOS
+            strips.append(strip.resize((int(strip.width * height / strip.height), height), sharp))
+    width = max(200, *(strip.width for strip in strips)) + 12
+    sheet = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * (height + 20)), "white")
+    pen, left = ImageDraw.Draw(sheet), iter(strips)
+    for r, row in enumerate(rows):
+        for c, (caption, _) in enumerate(row):
+            sheet.paste(next(left), (c * width + 4, r * (height + 20) + 2))
+            pen.text((c * width + 4, r * (height + 20) + height + 3), caption, fill="black")
     sheet.save(path, optimize=True)
 
 
@@ -762,7 +758,7 @@ def markdown(head, rows):
 
 class World:
     """What both worlds do alike."""
-    boundary = None                                             # the time that parts two experts, if there are
+    boundary = None                                               # the time that parts two experts, if any
 
     def t_range(self, expert):
         """The times that an expert, high or low, is for; of a model without experts all. UserError where an
@@ -1137,12 +1133,10 @@ def fingerprint(path):
     """A name for a file's content: of its size and its first and last 1 MiB. UserError where it can't be
     read.
     """
-    edge = 2**20
     try:
-        size = os.path.getsize(path)
         with open(path, "rb") as file:
-            ends = file.read(edge)
-            file.seek(max(size - edge, 0))
+            ends, size = file.read(2**20), file.seek(0, os.SEEK_END)
+            file.seek(max(size - 2**20, 0))
             ends += file.read()
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from None
@@ -1173,11 +1167,9 @@ def remembered(file):
         with open(file, "a", encoding="utf-8") as lines:
             lines.write("\n")
     for line in text.splitlines():
-        try:
+        with suppress(ValueError):                                              # of the line that was cut
             key, value = json.loads(line)
             known[tuple(key)] = value
-        except (ValueError, TypeError):
-            continue
 
     def recall(key, compute):
         if key not in known:
@@ -1220,9 +1212,8 @@ def whole_of(folders):
 
 def run_args(path):
     """The arguments of the run at path; {} of a model that is no run."""
-    folder = find(path)
-    file = folder / "config.json" if folder else None
-    args = read_json(file).get("args") if file and file.exists() else None
+    file = (find(path) or Path(path)) / "config.json"
+    args = read_json(file).get("args") if file.exists() else None
     return args if isinstance(args, dict) else {}
 
 
@@ -1500,10 +1491,8 @@ def command(args):
     for name, value in vars(args).items():
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list) and value:
-            words += [f"--{name}", *map(str, value)]
         elif value not in (None, (), "", []):
-            words += [f"--{name}", as_word(value)]
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [as_word(value)])]
     return shlex.join(words)
 
 
@@ -1537,11 +1526,6 @@ def write_json(path, value):
     write_whole(path, json.dumps(value, indent=1).encode())
 
 
-def write_log(folder, events):
-    """Write a run's log.jsonl, an event a line."""
-    write_whole(folder / "log.jsonl", "".join(json.dumps(event) + "\n" for event in events).encode())
-
-
 def read_log(folder):
     """The events in a run's log.jsonl; a last line without an end is left out."""
     file = Path(folder) / "log.jsonl"
@@ -1560,8 +1544,8 @@ def contents(args):
     """
     found = {}
     for flag in ("model", "ckpt", "against", "lora", "pairs", "reward", "nrg", "eval"):
-        named, files = getattr(args, flag, None), []
-        for path in named if isinstance(named, list) else [named] if isinstance(named, str) else []:
+        paths, files = getattr(args, flag, None) or [], []
+        for path in [paths] if isinstance(paths, str) else paths if isinstance(paths, list) else []:
             place = Path(path) if Path(path).exists() else HERE / path
             weights = [*place.glob("*.safetensors"), *place.glob("transformer/*.safetensors")]
             files += [place] if place.is_file() else sorted(weights)
@@ -1583,15 +1567,15 @@ def make_folder(args, device, longer):
     folder, now = Path(args.out), {"args": vars(args), "contents": contents(args)}
     file, going_on = folder / "config.json", False
     if getattr(args, "resume", False) and file.exists():
-        own, new = read_json(file), json.loads(json.dumps(now))
+        own, before = read_json(file).get("contents", {}), run_args(folder)
         free = {"resume", "steps"} if longer else {"resume"}
-        other = [f"--{k} was {(own.get('args') or {}).get(k)}, not {v}" for k, v in new["args"].items()
-                 if k not in free and (own.get("args") or {}).get(k) != v]
+        other = [f"--{k} was {before.get(k)}, not {v}" for k, v in json.loads(json.dumps(vars(args))).items()
+                 if k not in free and before.get(k) != v]
         if other:
             raise UserError(f"--resume: {folder} was made by another command ({'; '.join(other[:3])}): give "
                             "the same arguments")
-        for flag, value in new["contents"].items():
-            if (own.get("contents") or {}).get(flag, value) != value:
+        for flag, value in now["contents"].items():
+            if own.get(flag, value) != value:
                 raise UserError(f"--resume: {getattr(args, flag, args.model)} has changed since {folder} "
                                 "began: bring it back, or start anew")
         going_on = True
@@ -1677,7 +1661,12 @@ class Run:
         """Add an event of this step to log.jsonl, and forget what was seen."""
         self.events.append({"time": round(time.time(), 1), "step": self.step + 1, **event})
         self.seen.clear()
-        on_rank_0(write_log)(self.folder, self.events)
+        self.write_log()
+
+    def write_log(self):
+        """Write log.jsonl, an event a line."""
+        lines = "".join(json.dumps(event) + "\n" for event in self.events)
+        on_rank_0(write_whole)(self.folder / "log.jsonl", lines.encode())
 
     def save(self, step):
         """Write what training needs to go on after step; the last two states are kept."""
@@ -1706,7 +1695,7 @@ class Run:
             else:
                 value[:] = saved[name]
         self.events = [event for event in read_log(self.folder) if event["step"] <= saved["step"]]
-        on_rank_0(write_log)(self.folder, self.events)
+        self.write_log()
         return saved["step"]
 
 
