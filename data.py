@@ -39,10 +39,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as state_dicts
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_optimizer_state_dict, set_model_state_dict,
-                                                     set_optimizer_state_dict)
 from tqdm import tqdm
 
 from model import HERE, PRESETS, UserError, check_pointer, fetch, find, read_config, read_json, read_tensors
@@ -1297,10 +1295,9 @@ def add_gradients(parameters):
     Those of sharded weights are summed already.
     """
     if RANKS > 1:
-        own = [p.grad for p in parameters if p.grad is not None and not hasattr(p.grad, "full_tensor")]
-        sums = [dist.all_reduce(grad, async_op=True) for grad in own]
-        for x in sums:
-            x.wait()
+        for p in parameters:
+            if p.grad is not None and not hasattr(p.grad, "full_tensor"):
+                dist.all_reduce(p.grad)
 
 
 def shard(model):
@@ -1675,9 +1672,9 @@ class Run:
         saved = {"step": step}
         for name, value in self.state.items():                    # all ranks put together what is sharded
             if isinstance(value, torch.nn.Module):
-                saved[name] = get_model_state_dict(value, options=WHOLE)
+                saved[name] = state_dicts.get_model_state_dict(value, options=WHOLE)
             elif isinstance(value, torch.optim.Optimizer):
-                saved[name] = get_optimizer_state_dict(self.state["model"], value, options=WHOLE)
+                saved[name] = state_dicts.get_optimizer_state_dict(self.state["model"], value, options=WHOLE)
             else:
                 saved[name] = value
         on_rank_0(write_state)(self.folder, saved)
@@ -1689,9 +1686,9 @@ class Run:
         saved = read_state(self.folder) or {"step": 0}
         for name, value in self.state.items() if saved["step"] else ():
             if isinstance(value, torch.nn.Module):
-                set_model_state_dict(value, saved[name], options=WHOLE)
+                state_dicts.set_model_state_dict(value, saved[name], options=WHOLE)
             elif isinstance(value, torch.optim.Optimizer):
-                set_optimizer_state_dict(self.state["model"], value, saved[name], options=WHOLE)
+                state_dicts.set_optimizer_state_dict(self.state["model"], value, saved[name], options=WHOLE)
             else:
                 value[:] = saved[name]
         self.events = [event for event in read_log(self.folder) if event["step"] <= saved["step"]]
@@ -1700,7 +1697,8 @@ class Run:
 
 
 # States hold whole tensors on the CPU, and of a module what is trained, however it is spread over the ranks.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
+                                     strict=False)
 
 
 def write_state(folder, state):
