@@ -530,9 +530,10 @@ def read_pairs(path, skip_bad=False):
         odd += [word for word in words.values() if word not in LABELS]
         label.append([LABELS.get(words.get(dim), float("nan")) for dim in (*DIMS, "Overall")])
         mos.append([[number(cell(f"MOS_{side}_{dim}")) for dim in DIMS] for side in "AB"])
-        for x in (x for points in mos[-1] for x in points if x < 1 or x > 5):
-            raise UserError(f"{path}, row {line} gives {x:g} points, and the scale is 1 to 5: map them all, "
-                            "by 1 + 4 x / 100 if they are 0 to 100, or 1 + 4 x / 10 if they are 0 to 10")
+        off = [x for points in mos[-1] for x in points if x < 1 or x > 5]
+        if off:
+            raise UserError(f"{path}, row {line} gives {off[0]:g} points, and the scale is 1 to 5: map them "
+                            "all, by 1 + 4 x / 100 if they are 0 to 100, or 1 + 4 x / 10 if they are 0 to 10")
     if bad:
         more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
         raise UserError(f"{path}, {bad[0]}{more}: mend the file; paths are relative to its folder")
@@ -561,7 +562,9 @@ def who_won(cell, column):
     if not column.startswith("weighted_results1"):
         return cell(column).lower()
     a, b = (number(cell(column.replace("1", side))) for side in "12")
-    return {a > b: "a", a < b: "b", a == b: "same"}.get(True, "")
+    if a == b:
+        return "same"
+    return "a" if a > b else "b" if a < b else ""                               # a share may be missing
 
 
 def read_clips(folder):
@@ -1097,7 +1100,7 @@ def read_clip(path, frames, size, fps=WAN_FPS):
 def load_cached(file):
     """The one tensor of a file of the cache. UserError names a file whose bytes have changed since."""
     tensors, metadata = read_tensors(file)
-    if metadata.get("sha256") != sha256(tensors["x"]):
+    if metadata.get("sha256", "") not in ("", sha256(tensors["x"])):
         raise UserError(f"{file} is damaged: delete it, and the same command with --resume makes it again")
     return tensors["x"]
 
