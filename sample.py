@@ -584,8 +584,7 @@ def check(args, world):
             why = "is a folder: name the file in it" if Path(file).exists() else "does not exist"
             raise UserError(f"--lora {file} {why}")
     paths, base = args.ckpt or [args.model], base_of(args)
-    chains = [lineage(path, base) for path in paths]
-    plain = not args.lora and all(whole_of(chain) == chain[0] for chain in chains)
+    plain = not args.lora and all(whole_of(x) == x[0] for x in (lineage(path, base) for path in paths))
     if args.against == "base" and plain:
         raise UserError("--against base switches adapters off and this model has none: name another model")
     check_out(args.out, *paths, base=base, inputs=(args.nrg, args.reward, args.prompts))
