@@ -31,20 +31,19 @@ import uuid
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import lru_cache, partial, wraps
+from itertools import chain, count, pairwise
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as state_dicts
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_optimizer_state_dict, set_model_state_dict,
-                                                     set_optimizer_state_dict)
 from tqdm import tqdm
 
 from model import HERE, PRESETS, UserError, check_pointer, fetch, find, read_config, read_json, read_tensors
@@ -414,22 +413,23 @@ def true_scores(pairs):
 
 # ---- preference pairs from files ----
 
-# The layouts that are understood: the columns of prompt, A, B, and the column that says which one won, or who
-# always did; "labels" are a column a dimension, "votes" their shares of votes.
+# The layouts that are understood: the columns of prompt, A, B, and {dimension: the column that says which one
+# won it}, or a or b where that one always did. Rapidata's hold A's share of the votes.
 LAYOUTS = [
-    ("VideoAlign and VideoGen-RewardBench", "prompt", "path_A", "path_B", "labels"),
-    ("GenAI-Bench", "prompt", "left_video", "right_video", "vote_type"),
-    ("VisionRewardDB-Video", "prompt", "video1_path", "video2_path", "standard_answer"),
-    ("MJ-Bench-Video", "caption", "video_0_path", "video_1_path", "overall_preference"),
-    ("Rapidata", "prompt", "file_name1", "file_name2", "votes"),
-    ("VideoDPO", "frame_caption", "video2", "video1", "always B"),         # numbers of clips in metadata.json
-    ("a winner and a loser", "prompt", "chosen", "rejected", "always A"),
+    ("VideoAlign and VideoGen-RewardBench", "prompt", "path_A", "path_B", {x: x for x in (*DIMS, "Overall")}),
+    ("GenAI-Bench", "prompt", "left_video", "right_video", {"Overall": "vote_type"}),
+    ("VisionRewardDB-Video", "prompt", "video1_path", "video2_path", {"Overall": "standard_answer"}),
+    ("MJ-Bench-Video", "caption", "video_0_path", "video_1_path", {"Overall": "overall_preference"}),
+    ("Rapidata", "prompt", "file_name1", "file_name2", {
+        "Overall": "weighted_results1_Preference", "MQ": "weighted_results1_Coherence",
+        "TA": "weighted_results1_Alignment"}),
+    ("VideoDPO", "frame_caption", "video2", "video1", {"Overall": "b"}),   # numbers of clips in metadata.json
+    ("a winner and a loser", "prompt", "chosen", "rejected", {"Overall": "a"}),
 ]
 LABELS = {1.0: ("a", "left", "leftvote", "video1", "video 1 better"),
           -1.0: ("b", "right", "rightvote", "video2", "video 2 better"),
           0.0: ("same", "tie", "tievote", "bothbad_vote"), float("nan"): ("", "nan", "none", "invalid")}
 LABELS = {word: label for label, words in LABELS.items() for word in words}
-VOTES = {"Overall": "Preference", "MQ": "Coherence", "TA": "Alignment"}         # Rapidata's names
 
 
 def read_table(path):
@@ -438,53 +438,49 @@ def read_table(path):
     a bad row.
     """
     path = Path(path)
+    content = b"PAR1" if path.suffix == ".parquet" else path.read_bytes()
+    if content[:4] == b"PAR1":
+        code = f"import pandas; pandas.read_parquet('{path}').to_csv('{path.with_suffix('.csv')}')"
+        raise UserError(f"{path} is Parquet: with pandas, make it a CSV by python -c {shlex.quote(code)}")
     try:
-        content = b"PAR1" if path.suffix == ".parquet" else path.read_bytes()
-        if content[:4] == b"PAR1":
-            code = f"import pandas; pandas.read_parquet('{path}').to_csv('{path.with_suffix('.csv')}')"
-            raise UserError(f"{path} is Parquet: with pandas, make it a CSV by python -c {shlex.quote(code)}")
         text = content.decode("utf-8-sig")
-        lines, is_txt = text.splitlines(), path.suffix.lower() == ".txt"
-        if text.lstrip()[:1] in ("[", "{") and (not is_txt or text.rstrip()[-1] in "]}"):
-            return read_json_rows(path, text)                               # a prompt may begin with [
-        if is_txt:
-            return [(n, {"prompt": line}) for n, line in enumerate(lines, 1) if line.strip()]
-        separator = max(",;\t|", key=lines[0].count) if lines else ","
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        table = [(reader.line_num, row) for row in reader]
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        first, is_txt = text.strip()[:1], path.suffix.lower() == ".txt"
+        if first in ("[", "{") and (not is_txt or text.strip()[-1] in "]}"):   # a prompt may begin with [
+            if first == "[":
+                table = [*enumerate(json.loads(text), 1)]
+            else:
+                table = [(n, json.loads(line)) for n, line in lines]
+        elif is_txt:
+            table = lines
+        else:
+            return read_csv(text)
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start}): save it as CSV or JSONL") from None
-    except (OSError, csv.Error) as e:
-        raise UserError(f"{path} cannot be read as CSV: {getattr(e, 'strerror', None) or e}") from None
-    for line, row in table:
-        if None in row or None in row.values():
-            raise UserError(f"{path}, row {line} has more or fewer fields than the header: texts that hold "
-                            f"the separator {separator!r} must stand in quotes")
+    except (ValueError, RecursionError, csv.Error) as e:
+        raise UserError(f"{path} cannot be read as CSV or JSON: {e}") from None
+    table = [(n, {"prompt": row} if isinstance(row, str) else row) for n, row in table]
+    if not all(isinstance(row, dict) for _, row in table):
+        raise UserError(f"{path} must hold one JSON object per row, with its columns as keys")
     return table
 
 
-def read_json_rows(path, text):
-    """The rows of read_table of a JSON list, or of JSON lines."""
-    try:
-        try:
-            rows = list(enumerate(json.loads(text), 1)) if text.lstrip()[0] == "[" else None
-        except ValueError:
-            rows = None
-        if rows is None:
-            rows = [(n, json.loads(line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read as JSON: {e}") from None
-    rows = [(n, {"prompt": row} if isinstance(row, str) else row) for n, row in rows]
-    if not all(isinstance(row, dict) for _, row in rows):
-        raise UserError(f"{path} must hold one JSON object per row, with its columns as keys")
-    return rows
+def read_csv(text):
+    """The rows of read_table of texts with a separator and a header. ValueError names a bad row."""
+    separator = max(",;\t|", key=text.partition("\n")[0].count)
+    reader, table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True), []
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"row {reader.line_num} has more or fewer fields than the header: texts that "
+                             f"hold the separator {separator!r} must stand in quotes")
+        table.append((reader.line_num, row))
+    return table
 
 
 def text_of(path, line, row, column):
     """The text in a row's column, "" where there is none. UserError where it is something else."""
     value = row.get(column)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
-        value = str(value)
+    value = str(value) if type(value) in (int, float) and value == value else value        # but not nan
     if not isinstance(value, str | None):
         raise UserError(f"{path}, row {line}: {column} is {json.dumps(value)[:40]} and must be a text")
     if any("\ud800" <= x <= "\udfff" for x in value or ""):
@@ -514,41 +510,37 @@ def read_pairs(path, skip_bad=False):
     if not table:
         raise UserError(f"{path} holds no pairs: give it a header and one row per pair")
     columns = set().union(*(row for _, row in table))
-    labelled = [dim for dim in (*DIMS, "Overall") if dim in columns]
-    fitting = [x for x in LAYOUTS if columns.issuperset(x[1:4]) and (x[4] != "labels" or labelled)]
+    labelled = columns | LABELS.keys()
+    fitting = [x for x in LAYOUTS if columns.issuperset(x[1:4]) and labelled.intersection(x[4].values())]
     if not fitting:
-        known = "; ".join(f"{what}: {', '.join(names)}" for what, *names in LAYOUTS)
+        known = "; ".join(f"{x[0]}: {', '.join([*x[1:4], *x[4].values()])}" for x in LAYOUTS)
         found = ", ".join(sorted(map(str, columns)))
         raise UserError(f"{path} has the columns {found}; understood are: {known}")
-    _, prompt, a, b, verdict = fitting[0]
-    clips = read_clips(folder) if prompt == "frame_caption" else None
+    _, prompt, a, b, labels = fitting[0]
+    clips = read_clips(folder) if prompt == "frame_caption" else {}
 
     prompts, videos, label, mos, odd, bad = [], [], [], [], [], []
     for line, row in table:
         cell = partial(text_of, path, line, row)
         prompts.append(cell(prompt))
-        pair = tuple(find_video(folder, clips.get(cell(x), cell(x)) if clips else cell(x)) for x in (a, b))
+        videos.append(tuple(find_video(folder, clips.get(cell(x), cell(x))) for x in (a, b)))
         bad += [] if prompts[-1] else [f"row {line} has no prompt"]
-        for x in pair:
-            if not (os.path.isfile(x) or skip_bad):
-                why = "is a folder, a video file is needed" if os.path.isdir(x) else "does not exist"
-                bad.append(f"row {line}: {x} {why}")
-        if verdict == "labels":
-            words = {dim: cell(dim) for dim in labelled}
-        elif verdict == "votes":
-            words = {dim: most_votes(cell(f"weighted_results1_{name}"), cell(f"weighted_results2_{name}"))
-                     for dim, name in VOTES.items()}
-        else:
-            words = {"Overall": verdict[7:] if verdict.startswith("always") else cell(verdict)}
-        words = {dim: word.lower() for dim, word in words.items()}
+        for video in videos[-1]:
+            if not (os.path.isfile(video) or skip_bad):
+                why = "is a folder, a video file is needed" if os.path.isdir(video) else "does not exist"
+                bad.append(f"row {line}: {video} {why}")
+        words = {dim: who_won(cell, column) for dim, column in labels.items()}
         odd += [word for word in words.values() if word not in LABELS]
         label.append([LABELS.get(words.get(dim), float("nan")) for dim in (*DIMS, "Overall")])
-        mos.append([[points(path, line, cell(f"MOS_{side}_{dim}")) for dim in DIMS] for side in "AB"])
-        videos.append(pair)
+        mos.append([[number(cell(f"MOS_{side}_{dim}")) for dim in DIMS] for side in "AB"])
+        off = [x for points in mos[-1] for x in points if x < 1 or x > 5]
+        if off:
+            raise UserError(f"{path}, row {line} gives {off[0]:g} points, and the scale is 1 to 5: map them "
+                            "all, by 1 + 4 x / 100 if they are 0 to 100, or 1 + 4 x / 10 if they are 0 to 10")
     if bad:
         more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
         raise UserError(f"{path}, {bad[0]}{more}: mend the file; paths are relative to its folder")
-    numeric = sorted({word for word in odd if re.fullmatch(r"[-+]?\d+(\.\d*)?", word)})
+    numeric = sorted({word for word in odd if number(word) == number(word)})    # not nan
     if numeric:
         raise UserError(f"{path} has the labels {', '.join(numeric[:5])}: write A, B or same, as numbers do "
                         "not say which one won")
@@ -558,22 +550,24 @@ def read_pairs(path, skip_bad=False):
     return Pairs(prompts, videos, torch.tensor(label), torch.tensor(mos), [line for line, _ in table])
 
 
-def points(path, line, text):
-    """The Likert points in a cell, 1 to 5; nan where it holds no number. UserError for another scale."""
-    if not re.fullmatch(r"[-+]?\d+(\.\d+)?", text):
-        return float("nan")
-    if not 1 <= float(text) <= 5:
-        raise UserError(f"{path}, row {line} gives {text} points, and the scale is 1 to 5: map them all, by "
-                        "1 + 4 x / 100 if they are 0 to 100, or 1 + 4 x / 10 if they are 0 to 10")
-    return float(text)
-
-
-def most_votes(a, b):
-    """Who has the larger share of the votes: a, b, same, or "" where a share is missing."""
+def number(text):
+    """The number in a cell, nan where there is none."""
     try:
-        return ("same", "a", "b")[(float(a) > float(b)) - (float(a) < float(b))]
+        return float(text)
     except ValueError:
-        return ""
+        return float("nan")
+
+
+def who_won(cell, column):
+    """The label in a column of LAYOUTS, in small letters; of votes, who has the larger share."""
+    if column in LABELS:
+        return column
+    if not column.startswith("weighted_results1"):
+        return cell(column).lower()
+    a, b = (number(cell(column.replace("1", side))) for side in "12")
+    if a == b:
+        return "same"
+    return "a" if a > b else "b" if a < b else ""                               # a share may be missing
 
 
 def read_clips(folder):
@@ -637,17 +631,18 @@ def to_float(video):
 
 @contextmanager
 def open_video(path):
-    """(PyAV's container, its best video stream: not a cover picture). UserError names a file that is no
-    video.
+    """(PyAV's container, its best video stream: not a cover picture, frames per second). UserError names a
+    file that is no video.
     """
     import av
     check_pointer(path)
     try:
         with av.open(os.path.abspath(path)) as container:                 # a name with a colon is no URL then
             stream = container.streams.best("video")
-            if stream is None:
-                raise UserError(f"{path} has no video in it")
-            yield container, stream
+            fps = float(stream.average_rate or stream.guessed_rate or 0) if stream else 0
+            if not fps > 0:
+                raise UserError(f"{path} has no video in it, or no frame rate")
+            yield container, stream, fps
     except (av.FFmpegError, OSError, AttributeError) as e:              # a stream without a codec has no size
         raise UserError(f"{path} cannot be read as a video: {e}") from None
 
@@ -655,36 +650,33 @@ def open_video(path):
 def upright(frame, stream):
     """A decoded frame as players show it, uint8 (H, W, 3): with square pixels, and turned as its file says.
     """
+    if max(frame.height, frame.width) > 8192:
+        raise UserError(f"{stream.container.name} is {frame.width} x {frame.height}: more than 8192 pixels a "
+                        "side are refused")
     shape = float(stream.sample_aspect_ratio or 1)
     frame = frame.reformat(width=round(frame.width * shape) if shape > 0 else None, format="rgb24")
     return np.rot90(frame.to_ndarray(), round(frame.rotation / 90)) if frame.rotation else frame.to_ndarray()
 
 
 def video_times(path):
-    """(times (n,) in seconds at which a video's frames come on screen, from 0; frames per second; height;
-    width). One frame is decoded. UserError names a file that is no video.
+    """(times (n,) in seconds at which a video's frames come on screen, from 0; when the last one ends; frames
+    per second; height; width). One frame is decoded. UserError names a file that is no video.
     """
-    with open_video(path) as (container, stream):
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
-        frame = next(container.decode(stream), None)
-        if frame is None or not fps > 0:
-            raise UserError(f"{path} has no frames, or no frame rate")
-        if max(frame.height, frame.width) > 8192:
-            size = f"{frame.width} x {frame.height}"
-            raise UserError(f"{path} is {size}: more than 8192 pixels a side are refused")
-        size = upright(frame, stream).shape[:2]
-    with open_video(path) as (container, stream):
+    size = read_video(path, [0])[0].shape[1:3]
+    with open_video(path) as (container, stream, fps):
         stamps = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
         if None in stamps:
-            return np.arange(len(stamps)) / fps, fps, *size
-        times = np.sort(stamps) * float(stream.time_base)
-        return times - times[0], fps, *size
+            times = np.arange(len(stamps)) / fps
+        else:
+            times = np.sort(stamps) * float(stream.time_base)
+        times = times - times[0]
+        return times, times[-1] + 1 / fps, fps, *size
 
 
 def video_info(path):
     """(frames, fps, height, width) of a video file, as it is shown. UserError names a file that is no video.
     """
-    times, *rest = video_times(path)
+    times, _, *rest = video_times(path)
     return len(times), *rest
 
 
@@ -694,20 +686,20 @@ def read_video(path, indices=None):
 
     Decoding stops after the last one wanted. UserError names a file that cannot be read or is too short.
     """
-    wanted, frames = None if indices is None else set(int(i) for i in indices), {}
-    with open_video(path) as (container, stream):
-        fps, stream.thread_type = float(stream.average_rate or stream.guessed_rate or 0), "AUTO"
+    wanted, frames = None if indices is None else {int(i) for i in indices}, {}
+    with open_video(path) as (container, stream, fps):
+        stream.thread_type = "AUTO"
         for i, frame in enumerate(container.decode(stream)):
             if wanted is None or i in wanted:
                 frames[i] = upright(frame, stream)
-            if wanted is not None and len(frames) == len(wanted):
+            if len(frames) == len(wanted or ()):
                 break
-    missing = sorted((wanted or set()) - set(frames))
-    if missing or not frames:
-        raise UserError(f"{path} has no frame {missing[0] if missing else 0}")
+    missing = sorted((wanted or {0}) - frames.keys())
+    if missing:
+        raise UserError(f"{path} has no frame {missing[0]}")
     if len({frame.shape for frame in frames.values()}) > 1:
         raise UserError(f"{path} changes its size on the way")
-    return np.stack([frames[i] for i in (sorted(frames) if indices is None else map(int, indices))]), fps
+    return np.stack([frames[int(i)] for i in (sorted(frames) if indices is None else indices)]), fps
 
 
 def write_video(path, video, fps, zoom=1):
@@ -736,24 +728,21 @@ def contact_sheet(path, rows, max_frames=8):
     captions.
     """
     from PIL import Image, ImageDraw
-    strips = []
+    strips, height = [], 48                                                     # px of a strip
     for row in rows:
         for caption, video in row:
             frames = to_uint8(video).permute(1, 2, 3, 0)                                   # (T, H, W, 3)
             some = np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int)
-            frames = frames[some].cpu().numpy()
-            strips.append((caption, Image.fromarray(np.concatenate(frames, axis=1))))
-    height = 48                                                                 # px of a strip
-    scale = height / strips[0][1].height
-    width = max(int(max(strip.width for _, strip in strips) * scale), 200) + 12
-    columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * width, len(rows) * (height + 20)), "white")
-    pen, place = ImageDraw.Draw(sheet), [(c, r) for r, row in enumerate(rows) for c in range(len(row))]
-    for (caption, strip), (c, r) in zip(strips, place):
-        sharp = Image.NEAREST if scale >= 1 else Image.LANCZOS
-        strip = strip.resize((int(strip.width * scale), height), sharp)
-        sheet.paste(strip, (c * width + 4, r * (height + 20) + 2))
-        pen.text((c * width + 4, r * (height + 20) + height + 3), caption, fill="black")
+            strip = Image.fromarray(np.concatenate(frames[some].cpu().numpy(), axis=1))
+            sharp = Image.NEAREST if strip.height <= height else Image.LANCZOS
+            strips.append(strip.resize((int(strip.width * height / strip.height), height), sharp))
+    width = max(200, *(strip.width for strip in strips)) + 12
+    sheet = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * (height + 20)), "white")
+    pen, left = ImageDraw.Draw(sheet), iter(strips)
+    for r, row in enumerate(rows):
+        for c, (caption, _) in enumerate(row):
+            sheet.paste(next(left), (c * width + 4, r * (height + 20) + 2))
+            pen.text((c * width + 4, r * (height + 20) + height + 3), caption, fill="black")
     sheet.save(path, optimize=True)
 
 
@@ -785,10 +774,25 @@ def markdown(head, rows):
 
 # ---- the two worlds: what differs between Shapes world and Wan, behind one interface ----
 
-class Shapes:
+class World:
+    """What both worlds do alike."""
+    boundary = None                                               # the time that parts two experts, if any
+
+    def t_range(self, expert):
+        """The times that an expert, high or low, is for; of a model without experts all. UserError where an
+        expert must be named, or cannot be.
+        """
+        if self.boundary and not expert:
+            raise UserError(f"{self.path} has two experts, each with its own run: give --expert high or low")
+        if expert and not self.boundary:
+            raise UserError(f"--expert {expert} is for Wan 2.2 A14B, which has two")
+        return {None: (0.0, 1.0), "high": (self.boundary, 1.0), "low": (0.0, self.boundary)}[expert]
+
+
+class Shapes(World):
     """Shapes world: its latents are pixels, its text encoder a table of words, and its truth is known."""
     name, fps, zoom, text_len = "shapes", FPS, 8, TEXT_LEN                # zoom: 24 pixels are few to look at
-    judges, recipe, boundary = ("shapes",), "shapes", None               # judges: what a reward may read here
+    judges, recipe = ("shapes",), "shapes"                               # judges: what a reward may read here
     prompts, check_prompts = staticmethod(prompts_of), staticmethod(attributes)   # of a split; refuses others
     embed, embed_rows, truth = staticmethod(embed_text), staticmethod(embed_text), staticmethod(oracle)
     pad = staticmethod(torch.stack)
@@ -810,21 +814,9 @@ class Shapes:
         """The pairs with their videos in memory. UserError names a bad one, unless args.skip_bad."""
         if torch.is_tensor(pairs.videos):
             return pairs
-        bad, clips = {}, {}
-        for line, pair in zip(pairs.lines, pairs.videos):
-            for path in pair:
-                if path not in clips and path not in bad:
-                    with noted(bad, path, line, args.skip_bad):
-                        clips[path] = to_uint8(read_shapes(path))
-        pairs = leave_out(pairs, bad)
+        pairs, clips = look_into(pairs, args, lambda path: to_uint8(read_shapes(path)))
         pairs.videos = torch.stack([torch.stack([clips[path] for path in pair]) for pair in pairs.videos])
         return pairs
-
-    def t_range(self, expert):
-        """All times: there are no experts."""
-        if expert:
-            raise UserError(f"--expert {expert} is for Wan 2.2 A14B, which has two")
-        return 0.0, 1.0
 
     def latents(self, pairs, rows):
         """x0 (len(rows), 2, 3, T, H, W) of A and B, fp32 in [-1, 1]."""
@@ -855,33 +847,47 @@ def read_shapes(path):
     return F.interpolate(x, (SIZE, SIZE), mode="area").transpose(0, 1)
 
 
-@contextmanager
-def noted(bad, path, line, skip_bad):
-    """Inside, a UserError about the video at path is noted in bad with skip_bad; without, it names the row.
+def look_into(pairs, args, look, use=lambda path, found: found):
+    """(the pairs whose videos can all be used, {video: what use made of what look found in it}).
+
+    look runs in a thread, one video ahead of use. Of several ranks each sees its share. UserError names the
+    first bad video by its row; with args.skip_bad such pairs are left out.
     """
-    try:
-        yield
-    except UserError as e:
-        if not skip_bad:
-            raise UserError(f"row {line}: {e}; mend it, or leave such pairs out with --skip_bad") from None
-        bad[path] = e
-
-
-def leave_out(pairs, bad):
-    """The pairs without those of the videos in bad {path: why}. UserError where none is left."""
+    lines, bad, found = {}, {}, {}
+    for line, pair in zip(pairs.lines, pairs.videos):
+        for path in pair:
+            lines.setdefault(path, line)
+    mine = list(lines)[RANK::RANKS]
+    for future, path in progress(zip(prefetch(look, mine), mine), "videos", total=len(mine)):
+        try:
+            found[path] = use(path, future.result())
+        except UserError as e:
+            if not args.skip_bad:
+                raise UserError(f"row {lines[path]}: {e}; mend it, or leave such pairs out with "
+                                "--skip_bad") from None
+            bad[path] = e
+    bad, found = merged(bad), merged(found)
     good = [i for i, pair in enumerate(pairs.videos) if not bad.keys() & set(pair)]
     if bad:
         first = next(iter(bad.values()))
         print(f"skipped {len(pairs) - len(good)} pairs with {len(bad)} bad videos, such as: {first}")
     if not good:
         raise UserError("no pair is left: every one has a video that cannot be used")
-    return pairs.subset(good)
+    return pairs.subset(good), found
+
+
+def prefetch(load, items):
+    """A future of load(item) for each item in turn, the next one being loaded while this one is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        futures = (pool.submit(load, item) for item in items)
+        for future, _ in pairwise(chain(futures, [None])):                      # which is one ahead
+            yield future
 
 
 WAN_FPS, WAN_TEXT_LEN = 16, 512
 
 
-class Wan:
+class Wan(World):
     """The autoencoder and UMT5 text encoder of a Wan 2.1 or 2.2 folder or hub repository in diffusers'
     layout; each is loaded when it is needed and never both. What was encoded lies in a cache, and self.cached
     knows where. Which Wan it is, the folder's own files tell: recipe; fps; boundary, the time that parts the
@@ -892,42 +898,30 @@ class Wan:
 
     def __init__(self, path, device="cpu"):
         self.path, self.device, self.loaded_vae = path, device, None
-        self.prints, self.cached = {}, {}       # {video: its fingerprint}, {video or prompt: its cached file}
-        names = "vae", "text_encoder", "tokenizer"
-        configs = [f"{name}/*.json" for name in (*names, "transformer")]
-        self.folder = fetch(path, ["model_index.json", *configs])
-        for file in (file for name in names for file in self.folder.glob(f"{name}/*")):
-            check_pointer(file)                                                 # they are loaded late
-        missing = [name for name in names if not (self.folder / name).is_dir()]
-        if missing:
-            raise UserError(f"{path} holds no {', '.join(missing)}: take a folder or hub repository in "
-                            "diffusers' layout, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-        self.config = read_json(self.folder / "vae" / "config.json")
+        self.cached = {}                                                # {video or prompt: its cached file}
+        names = "vae", "text_encoder", "tokenizer", "transformer"
+        folder = fetch(path, ["model_index.json", *(f"{name}/*.json" for name in names)])
+        for name in names[:3]:
+            if not (folder / name).is_dir():
+                raise UserError(f"{path} holds no {name}: take a folder or hub repository in diffusers' "
+                                "layout, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+            for file in (folder / name).iterdir():
+                check_pointer(file)                                             # they are loaded late
+        self.config = read_json(folder / "vae" / "config.json")
         self.channels = self.config.get("z_dim", 16)
-        index, dit = self.folder / "model_index.json", self.folder / "transformer" / "config.json"
+        index, dit = folder / "model_index.json", folder / "transformer" / "config.json"
         index = read_json(index) if index.exists() else {}
-        pipeline, experts = index.get("_class_name", "WanPipeline"), index.get("transformer_2") or [None]
+        pipeline = index.get("_class_name", "WanPipeline")
         if pipeline != "WanPipeline":
             raise UserError(f"{path} is a {pipeline}: only text-to-video is supported, a WanPipeline")
-        self.boundary = index.get("boundary_ratio") if experts[0] else None
-        if experts[0] and not isinstance(self.boundary, float):
-            raise UserError(f"{path}/model_index.json has a transformer_2 and no boundary_ratio: no Wan 2.2")
         large = dit.exists() and read_config(read_json(dit), dit).dim == PRESETS["wan-14b"].dim
         self.recipe, self.fps = "wan-14b" if large else "wan", WAN_FPS
-        if self.boundary:
-            self.recipe = "wan-2.2-a14b"
+        if (index.get("transformer_2") or [None])[0]:
+            self.recipe, self.boundary = "wan-2.2-a14b", index.get("boundary_ratio")
+            if not isinstance(self.boundary, float):
+                raise UserError(f"{path}/model_index.json has a transformer_2 and no boundary_ratio")
         if index.get("expand_timesteps"):                              # of the time of each token, here equal
             self.recipe, self.fps = "wan-2.2-5b", 24
-
-    def t_range(self, expert):
-        """The times that an expert, high or low, is for; of a model without experts all. UserError where an
-        expert must be named, or cannot be.
-        """
-        if self.boundary and not expert:
-            raise UserError(f"{self.path} has two experts, each with its own run: give --expert high or low")
-        if expert and not self.boundary:
-            raise UserError(f"--expert {expert}: {self.path} is one model, without experts")
-        return {None: (0.0, 1.0), "high": (self.boundary, 1.0), "low": (0.0, self.boundary)}[expert]
 
     def part(self, name):
         """The folder of one of the models, downloaded when it is needed."""
@@ -943,15 +937,14 @@ class Wan:
         return self.look_into(read_pairs(args.pairs, args.skip_bad), args)
 
     def look_into(self, pairs, args):
-        """The pairs whose videos can be opened and are long enough."""
-        def check(path):
-            times, rate, *_ = video_times(path)
-            return [fingerprint(path), times[-1] + 1 / rate]
+        """The pairs whose videos can be opened and are long enough. What was found is remembered."""
+        recall = remembered(Path(args.cache) / "videos.jsonl")
 
-        def accept(path, found):
-            check_length(path, found[1], args.frames, self.fps)
-        pairs, found = look_into(pairs, args, "videos.jsonl", check, accept)
-        self.prints |= {path: name for path, (name, _) in found.items()}
+        def look(path):
+            name, seconds = recall(file_key(path), lambda: (fingerprint(path), video_times(path)[1]))
+            check_length(path, seconds, args.frames, self.fps)
+            return name
+        pairs, self.prints = look_into(pairs, args, look)
         return pairs
 
     def prompts(self, split, n=None):
@@ -1043,36 +1036,30 @@ class Wan:
         appears whole or not at all, so an interrupted encode goes on where it stopped. Each rank takes its
         share.
         """
-        if not {path for pair in pairs.videos for path in pair} <= self.prints.keys():
-            pairs = self.look_into(pairs, args)
-        bad, lines, prompts, cache = {}, first_lines(pairs), sorted(set(pairs.prompts)), Path(args.cache)
+        pairs, cache, prompts = self.look_into(pairs, args), Path(args.cache), sorted(set(pairs.prompts))
         vae, *encoder = (fingerprints(self.part(name)) for name in ("vae", "text_encoder", "tokenizer"))
-        for path in lines:
-            name = short_hash("on screen", self.prints[path], args.frames, args.size, vae)
+        for path, content in self.prints.items():
+            name = short_hash("on screen", content, args.frames, args.size, vae)
             self.cached[path] = cache / f"video-{name}.safetensors"
         for prompt in prompts:
             self.cached[prompt] = cache / f"text-{short_hash(prompt, encoder)}.safetensors"
-        copies = {self.cached[path]: path for path in lines}                    # one path of each content
-        videos = all_gather([path for file, path in copies.items() if not is_cached(file)])[0]
-        texts = all_gather([prompt for prompt in prompts if not is_cached(self.cached[prompt])])[0]
-        print(f"{cache}: {len(copies) - len(videos)} of {len(copies)} videos and {len(prompts) - len(texts)} "
-              f"of {len(prompts)} prompts are there; encoding the rest")
-        mine = texts[RANK::RANKS]
-        for x, prompt in zip(self.embed_rows(mine), mine):                      # to the generator's own end
+        files = set(self.cached.values())
+        there = sum(map(is_cached, files))
+        print(f"{cache} holds {there} of {len(files)} videos and prompts; the rest is encoded now")
+        texts = [prompt for prompt in prompts[RANK::RANKS] if not is_cached(self.cached[prompt])]
+        for x, prompt in zip(self.embed_rows(texts), texts):                    # to the generator's own end
             save_cached(x, self.cached[prompt])
 
         def read(path):
-            with noted(bad, path, lines[path], args.skip_bad):
-                return path, read_clip(path, args.frames, args.size, self.fps)
-            return path, None
-        mine = videos[RANK::RANKS]
-        for path, clip in progress(prefetch(read, mine), "videos", total=len(mine)):
-            if clip is not None:
+            return None if is_cached(self.cached[path]) else read_clip(path, args.frames, args.size, self.fps)
+
+        def keep(path, clip):
+            if clip is not None and not is_cached(self.cached[path]):           # nor a copy of it, meanwhile
                 save_cached(self.encode_video(clip[None])[0], self.cached[path])
+        pairs, _ = look_into(pairs, args, read, keep)
         self.loaded_vae = None
         torch.cuda.empty_cache()
-        bad = {self.cached[path]: why for path, why in merged(bad).items()}
-        return leave_out(pairs, {path: bad[self.cached[path]] for path in lines if self.cached[path] in bad})
+        return pairs
 
 
 def load_part(cls, folder, **settings):
@@ -1094,54 +1081,13 @@ def load_part(cls, folder, **settings):
 WanCodec = Wan                                                                # an older name that others call
 
 
-def look_into(pairs, args, name, check, accept=lambda path, found: None):
-    """(the pairs whose videos all pass check, {video: what check says of it}), looked at before anything is
-    loaded; what was found is remembered in the file of this name in args.cache, and put to accept. UserError
-    names a bad one by its row, unless args.skip_bad.
-    """
-    bad, lines, keys = {}, first_lines(pairs), {}
-    for path in list(lines)[RANK::RANKS]:
-        with noted(bad, path, lines[path], args.skip_bad):
-            keys[path] = file_key(path)
-    paths = {key: path for path, key in keys.items()}
-
-    def look(key):
-        with noted(bad, paths[key], lines[paths[key]], args.skip_bad):
-            return check(paths[key])
-    found = remembered(Path(args.cache) / name, list(paths), look, "looking into videos")
-    bad |= {path: bad[paths[key]] for path, key in keys.items() if paths[key] in bad}
-    found = {path: found[key] for path, key in keys.items() if found[key] is not None}
-    for path, value in found.items():
-        with noted(bad, path, lines[path], args.skip_bad):
-            accept(path, value)
-    return leave_out(pairs, merged(bad)), merged(found)
-
-
-def first_lines(pairs):
-    """{path: the line of the first pair that it is in} of the videos of pairs."""
-    lines = {}
-    for line, pair in zip(pairs.lines, pairs.videos):
-        lines |= {path: line for path in pair if path not in lines}
-    return lines
-
-
-def prefetch(load, items):
-    """load(item) of each item in turn, the next one being loaded by a thread while this one is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        following = [pool.submit(load, item) for item in items[:1]]
-        for i in range(len(items)):
-            current = following.pop().result()
-            following += [pool.submit(load, item) for item in items[i + 1:i + 2]]
-            yield current
-
-
 def clip_frames(path, frames, fps=WAN_FPS):
     """Indices (frames,) of the frames of a video file that are on screen at multiples of 1 / fps second.
 
     UserError names a file that is no video or too short, see check_length.
     """
-    times, rate, _, _ = video_times(path)
-    check_length(path, times[-1] + 1 / rate, frames, fps)
+    times, seconds, *_ = video_times(path)
+    check_length(path, seconds, frames, fps)
     return np.searchsorted(times, np.arange(frames) / fps + 1e-6, side="right") - 1
 
 
@@ -1185,12 +1131,10 @@ def is_cached(file):
 
 
 def save_cached(x, file):
-    """Write one tensor in bf16, to a name that no other writer has and then renamed."""
+    """Write one tensor in bf16."""
     from safetensors.torch import save
     x = x.to(torch.bfloat16).contiguous()
-    temporary = Path(f"{file}.{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(save({"x": x}, {"sha256": sha256(x)}))
-    os.replace(temporary, file)
+    write_whole(file, save({"x": x}, {"sha256": sha256(x)}))
 
 
 def sha256(x):
@@ -1207,12 +1151,10 @@ def fingerprint(path):
     """A name for a file's content: of its size and its first and last 1 MiB. UserError where it can't be
     read.
     """
-    edge = 2**20
     try:
-        size = os.path.getsize(path)
         with open(path, "rb") as file:
-            ends = file.read(edge)
-            file.seek(max(size - edge, 0))
+            ends, size = file.read(2**20), file.seek(0, os.SEEK_END)
+            file.seek(max(size - 2**20, 0))
             ends += file.read()
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from None
@@ -1233,26 +1175,28 @@ def file_key(path):
     return str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns
 
 
-def remembered(file, keys, function, desc):
-    """{key: function(key)} of keys, tuples that JSON can hold. Each value that is not None is at once added
-    to the file, a line of JSON, and never computed again: an interrupted run goes on where it stopped.
+def remembered(file):
+    """A function of a key, a tuple that JSON can hold, and of compute: the value of compute(), which is at
+    once added to the file, a line of JSON, and never computed again for this key: an interrupted run goes on
+    where it stopped.
     """
-    known, file = {}, Path(file)
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
+    known, text = {}, file.read_text(encoding="utf-8") if file.exists() else ""
+    if text and not text.endswith("\n"):                                   # cut short by an interruption
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write("\n")
+    for line in text.splitlines():
+        with suppress(ValueError):                                              # of the line that was cut
             key, value = json.loads(line)
             known[tuple(key)] = value
-        except (ValueError, TypeError):                                         # cut short by an interruption
-            continue
-    end = "\n"                                                                  # of a line that was cut short
-    for key in progress([key for key in dict.fromkeys(keys) if key not in known], desc):
-        known[key] = function(key)
-        if known[key] is not None:
+
+    def recall(key, compute):
+        if key not in known:
+            known[key] = compute()
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "a", encoding="utf-8") as lines:
-                lines.write(f"{end}{json.dumps([key, known[key]])}\n")
-            end = ""
-    return {key: known[key] for key in keys}
+                lines.write(f"{json.dumps([key, known[key]])}\n")
+        return known[key]
+    return recall
 
 
 # ---- where a model comes from ----
@@ -1268,11 +1212,10 @@ def lineage(path, base=None):
     if not any((folder / name).exists() for name in ("transformer", "lora.safetensors", "config.json")):
         raise UserError(f"{path} holds no transformer, lora.safetensors or config.json: is the run finished?")
     args = run_args(path)
-    aligned = args.get("loss", "pretrain") != "pretrain"
-    if not aligned and not (folder / "lora.safetensors").exists():
+    if args.get("loss", "pretrain") == "pretrain" and not (folder / "lora.safetensors").exists():
         return [folder]
     start = base or args.get("model")
-    if not aligned or not isinstance(start, str):
+    if not isinstance(start, str):
         raise UserError(f"{folder / 'config.json'} does not say what the run started from")
     try:
         return [folder, *lineage(start)]
@@ -1280,16 +1223,15 @@ def lineage(path, base=None):
         raise UserError(f"{path} started from {start}: {e}; if it moved, say where with --model") from None
 
 
-def pretrained(path, base=None):
-    """The folder or hub name of the whole weights of the model at path, under its adapters."""
-    return next(folder for folder in lineage(path, base) if not (Path(folder) / "lora.safetensors").exists())
+def whole_of(folders):
+    """The first of a lineage that has whole weights, not adapters."""
+    return next(folder for folder in folders if not (Path(folder) / "lora.safetensors").exists())
 
 
 def run_args(path):
     """The arguments of the run at path; {} of a model that is no run."""
-    folder = find(path)
-    file = folder / "config.json" if folder else None
-    args = read_json(file).get("args") if file and file.exists() else None
+    file = (find(path) or Path(path)) / "config.json"
+    args = read_json(file).get("args") if file.exists() else None
     return args if isinstance(args, dict) else {}
 
 
@@ -1303,11 +1245,11 @@ def metadata_of(file):
     return read_tensors(file, metadata_only=True)[1] if file.exists() else {}
 
 
-def start_of(path, base=None):
-    """A short hash of the whole weights at path, by which adapters trained on them know them again; "" of Wan
-    in several files or on the hub.
+def start_of(folder):
+    """A short hash of the whole weights in a folder, by which adapters trained on them know them again; "" of
+    Wan in several files or on the hub.
     """
-    file = weights_file(pretrained(path, base))
+    file = weights_file(folder)
     return fingerprint(file) if file.exists() else ""
 
 
@@ -1373,10 +1315,9 @@ def add_gradients(parameters):
     Those of sharded weights are summed already.
     """
     if RANKS > 1:
-        own = [p.grad for p in parameters if p.grad is not None and not hasattr(p.grad, "full_tensor")]
-        sums = [dist.all_reduce(grad, async_op=True) for grad in own]
-        for x in sums:
-            x.wait()
+        for p in parameters:
+            if p.grad is not None and not hasattr(p.grad, "full_tensor"):
+                dist.all_reduce(p.grad)
 
 
 def shard(model):
@@ -1482,10 +1423,7 @@ class Weights(tuple):
     """The weights of VQ, MQ, TA, not all 0, such as 0.5,0.5,0."""
 
     def __new__(cls, text):
-        try:
-            numbers = [float(x) for x in text.split(",")]
-        except ValueError:
-            numbers = []
+        numbers = [float(x) for x in text.split(",")]
         if len(numbers) != len(DIMS) or not any(numbers):
             raise argparse.ArgumentTypeError(f"{text} is not 3 numbers, not all 0, for {', '.join(DIMS)}; "
                                              "such as 0.5,0.5,0")
@@ -1499,7 +1437,7 @@ def recipes(names, rows):
     return {flag: dict(zip(names, row)) for flag, row in rows.items()}
 
 
-def parse_args(cls, doc, argv=None, recipe=None):
+def parse_args(cls, doc, argv=None, recipe={}):
     """An instance of the dataclass cls from the command line. Annotations give the types, trailing comments
     the help.
 
@@ -1511,16 +1449,12 @@ def parse_args(cls, doc, argv=None, recipe=None):
     hints = typing.get_type_hints(cls)
     notes = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(cls), re.M))
     for f in fields(cls):
-        kind = hints[f.name]
+        kind, note = hints[f.name], notes.get(f.name, "").replace("%", "%%")
         if type(None) in typing.get_args(kind):
-            kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        note = notes.get(f.name, "").replace("%", "%%")
-        options = dict(default=f.default, help=note)
-        if f.default not in (None, (), ""):
-            options["help"] += f" [{as_word(f.default)}]"
-        values = {name: x for name, x in (recipe or {}).get(f.name, {}).items() if x is not None}
-        if values:
-            options["help"] += f" [{', '.join(f'{name} {as_word(x)}' for name, x in values.items())}]"
+            kind = typing.get_args(kind)[0]                                     # X of `X | None`
+        known = [] if f.default in (None, (), "") else [as_word(f.default)]
+        known += [f"{name} {as_word(x)}" for name, x in recipe.get(f.name, {}).items() if x is not None]
+        options = dict(default=f.default, help=f"{note} [{', '.join(known)}]" if known else note)
         if typing.get_origin(kind) is typing.Literal:
             options |= dict(choices=typing.get_args(kind))
         elif kind is bool:
@@ -1553,7 +1487,7 @@ def fill(args, values):
             setattr(args, flag, value)
 
 
-def launch(main, cls, doc, argv=None, recipe=None):
+def launch(main, cls, doc, argv=None, recipe={}):
     """Run main with the arguments of the command line. What the user can mend, and a file or disk that fails,
     ends in one line and exit status 2; of several processes the one at fault says it, and torchrun ends the
     rest, which may be waiting for it.
@@ -1578,10 +1512,8 @@ def command(args):
     for name, value in vars(args).items():
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list) and value:
-            words += [f"--{name}", *map(str, value)]
         elif value not in (None, (), "", []):
-            words += [f"--{name}", as_word(value)]
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [as_word(value)])]
     return shlex.join(words)
 
 
@@ -1603,16 +1535,16 @@ def check_out(out, *models, base=None, inputs=()):
 
 # ---- runs: folder, log, states ----
 
+def write_whole(path, content):
+    """Write bytes, to a name that no other writer has and then renamed: no reader meets half a file."""
+    temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
 def write_json(path, value):
-    """Write value as JSON, to a temporary name and then renamed."""
-    Path(f"{path}.tmp").write_text(json.dumps(value, indent=1))
-    os.replace(f"{path}.tmp", path)
-
-
-def write_log(folder, events):
-    """Write a run's log.jsonl, an event a line, to a temporary name and then renamed."""
-    (folder / "log.tmp").write_text("".join(json.dumps(event) + "\n" for event in events))
-    os.replace(folder / "log.tmp", folder / "log.jsonl")
+    """Write value as JSON."""
+    write_whole(path, json.dumps(value, indent=1).encode())
 
 
 def read_log(folder):
@@ -1641,7 +1573,7 @@ def contents(args):
         if files:
             found[flag] = short_hash(*(fingerprint(file) for file in files))
     if getattr(args, "loss", "") != "pretrain" and "model" in found and not getattr(args, "ckpt", ""):
-        found["start"] = start_of(args.model)
+        found["start"] = start_of(whole_of(lineage(args.model)))
     return found
 
 
@@ -1656,32 +1588,29 @@ def make_folder(args, device, longer):
     folder, now = Path(args.out), {"args": vars(args), "contents": contents(args)}
     file, going_on = folder / "config.json", False
     if getattr(args, "resume", False) and file.exists():
-        own, new = read_json(file), json.loads(json.dumps(now))
+        own, before = read_json(file).get("contents", {}), run_args(folder)
         free = {"resume", "steps"} if longer else {"resume"}
-        other = [f"--{k} was {(own.get('args') or {}).get(k)}, not {v}" for k, v in new["args"].items()
-                 if k not in free and (own.get("args") or {}).get(k) != v]
+        other = [f"--{k} was {before.get(k)}, not {v}" for k, v in json.loads(json.dumps(vars(args))).items()
+                 if k not in free and before.get(k) != v]
         if other:
             raise UserError(f"--resume: {folder} was made by another command ({'; '.join(other[:3])}): give "
                             "the same arguments")
-        for flag, value in new["contents"].items():
-            if (own.get("contents") or {}).get(flag, value) != value:
+        for flag, value in now["contents"].items():
+            if own.get(flag, value) != value:
                 raise UserError(f"--resume: {getattr(args, flag, args.model)} has changed since {folder} "
                                 "began: bring it back, or start anew")
         going_on = True
-    try:
-        if file.exists() and not going_on:
-            n = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
-            folder.rename(f"{folder}.{n}")
-            print(f"{folder} held an earlier run: it is now {folder}.{n}")
-        folder.mkdir(parents=True, exist_ok=True)
-        git = shutil.which("git") and subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"],
-                                                     capture_output=True, text=True)
-        write_json(file, {
-            "command": command(args), **now, "commit": git.stdout.strip() if git else "",
-            "world": world_hash(), "torch": torch.__version__, "python": sys.version.split()[0],
-            "device": str(device), "threads": torch.get_num_threads()})
-    except OSError as e:
-        raise UserError(f"--out {args.out} cannot be written ({e.strerror}): name another") from None
+    if file.exists() and not going_on:
+        n = next(n for n in count(1) if not Path(f"{folder}.{n}").exists())
+        folder.rename(f"{folder}.{n}")
+        print(f"{folder} held an earlier run: it is now {folder}.{n}")
+    folder.mkdir(parents=True, exist_ok=True)
+    git = ["git", "-C", HERE, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
+    write_json(file, {
+        "command": command(args), **now, "commit": commit.strip(), "world": world_hash(),
+        "torch": torch.__version__, "python": sys.version.split()[0], "device": str(device),
+        "threads": torch.get_num_threads()})
     return going_on, now["contents"]
 
 
@@ -1753,11 +1682,12 @@ class Run:
         """Add an event of this step to log.jsonl, and forget what was seen."""
         self.events.append({"time": round(time.time(), 1), "step": self.step + 1, **event})
         self.seen.clear()
-        on_rank_0(write_log)(self.folder, self.events)
+        self.write_log()
 
-    def seconds(self):
-        """How long this process has been at it."""
-        return time.time() - self.started
+    def write_log(self):
+        """Write log.jsonl, an event a line."""
+        lines = "".join(json.dumps(event) + "\n" for event in self.events)
+        on_rank_0(write_whole)(self.folder / "log.jsonl", lines.encode())
 
     def save(self, step):
         """Write what training needs to go on after step; the last two states are kept."""
@@ -1766,9 +1696,9 @@ class Run:
         saved = {"step": step}
         for name, value in self.state.items():                    # all ranks put together what is sharded
             if isinstance(value, torch.nn.Module):
-                saved[name] = get_model_state_dict(value, options=WHOLE)
+                saved[name] = state_dicts.get_model_state_dict(value, options=WHOLE)
             elif isinstance(value, torch.optim.Optimizer):
-                saved[name] = get_optimizer_state_dict(self.state["model"], value, options=WHOLE)
+                saved[name] = state_dicts.get_optimizer_state_dict(self.state["model"], value, options=WHOLE)
             else:
                 saved[name] = value
         on_rank_0(write_state)(self.folder, saved)
@@ -1780,18 +1710,19 @@ class Run:
         saved = read_state(self.folder) or {"step": 0}
         for name, value in self.state.items() if saved["step"] else ():
             if isinstance(value, torch.nn.Module):
-                set_model_state_dict(value, saved[name], options=WHOLE)
+                state_dicts.set_model_state_dict(value, saved[name], options=WHOLE)
             elif isinstance(value, torch.optim.Optimizer):
-                set_optimizer_state_dict(self.state["model"], value, saved[name], options=WHOLE)
+                state_dicts.set_optimizer_state_dict(self.state["model"], value, saved[name], options=WHOLE)
             else:
                 value[:] = saved[name]
         self.events = [event for event in read_log(self.folder) if event["step"] <= saved["step"]]
-        on_rank_0(write_log)(self.folder, self.events)
+        self.write_log()
         return saved["step"]
 
 
 # States hold whole tensors on the CPU, and of a module what is trained, however it is spread over the ranks.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
+                                     strict=False)
 
 
 def write_state(folder, state):

@@ -629,11 +629,11 @@ def score_videos(reward, paths, prompts, cache_file):
     video.
     """
     keys = [(reward.identity, *file_key(path), prompt) for path, prompt in zip(paths, prompts, strict=True)]
-    mine = list(dict.fromkeys(keys))[RANK::RANKS]
-
-    def score(key):
-        return reward.score([key[1]], [key[-1]], normalise=False)[0].tolist()
-    known = merged(remembered(cache_file, mine, score, "scoring"))
+    recall, known = remembered(Path(cache_file)), {}
+    for key in progress(list(dict.fromkeys(keys))[RANK::RANKS], "scoring"):
+        _, path, *_, prompt = key
+        known[key] = recall(key, lambda: reward.score([path], [prompt], normalise=False)[0].tolist())
+    known = merged(known)
     return reward.normalised(torch.tensor([known[key] for key in keys]))
 
 

@@ -30,8 +30,8 @@ import torch
 from data import (DIMS, DTYPES, FRAMES, PROMPTS, RANK, RANKS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
                   caption_of, check_out, check_world, clean_videos, contact_sheet, fill, gather_rows,
                   label_page, launch, lineage, markdown, metadata_of, normalised, on_rank_0, oracle, overall,
-                  pretrained, progress, read_log, read_table, recipes, rng, run_args, start_of, start_ranks, text_of,
-                  to_float, to_uint8, weights_file, with_overall, world_of, write_json, write_video)
+                  progress, read_log, read_table, recipes, rng, run_args, start_of, start_ranks, text_of,
+                  to_float, to_uint8, weights_file, whole_of, with_overall, world_of, write_json, write_video)
 from model import (Experts, UserError, VideoDiT, find, load_lora, lora_disabled, read_json, read_tensors,
                    save_tensors)
 from reward import LatentReward, check_reward, load_reward
@@ -106,15 +106,16 @@ def load_model(path, dtype=torch.float32, expert=None, base=None):
     """The VideoDiT at path, eval mode, its adapters on where it was trained with LoRA; dtype of its linear
     maps; expert: which of a pretrained Wan 2.2 A14B, a run knows its own; base: see lineage.
     """
-    folder, start, expert = lineage(path, base)[0], pretrained(path, base), expert_of(path) or expert
+    folders, expert = lineage(path, base), expert_of(path) or expert
+    start = whole_of(folders)
     whole = metadata_of(weights_file(start))
     if "world" in whole:
         check_world(whole, weights_file(start))
-    low = expert == "low" and start == lineage(path, base)[-1]                  # not of a run of all weights
+    low = expert == "low" and start == folders[-1]                              # not of a run of all weights
     model = VideoDiT.from_pretrained(start, dtype, "transformer_2" if low else "transformer")
-    if folder != start:
-        lora = folder / "lora.safetensors"
-        if metadata_of(lora).get("start") not in (None, start_of(path, base)):
+    if start != folders[0]:
+        lora = folders[0] / "lora.safetensors"
+        if metadata_of(lora).get("start") not in (None, start_of(start)):
             raise UserError(f"{path} was trained on top of {start}, which is another model now: bring that "
                             "one back, or train again")
         load_lora(model, lora)
@@ -583,7 +584,7 @@ def check(args, world):
             why = "is a folder: name the file in it" if Path(file).exists() else "does not exist"
             raise UserError(f"--lora {file} {why}")
     paths, base = args.ckpt or [args.model], base_of(args)
-    plain = not args.lora and all(lineage(path, base)[0] == pretrained(path, base) for path in paths)
+    plain = not args.lora and all(whole_of(x) == x[0] for x in (lineage(path, base) for path in paths))
     if args.against == "base" and plain:
         raise UserError("--against base switches adapters off and this model has none: name another model")
     check_out(args.out, *paths, base=base, inputs=(args.nrg, args.reward, args.prompts))

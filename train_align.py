@@ -443,7 +443,7 @@ def tell(run, grad_norm):
     if (run.step + 1) % min(10, -(-run.args.steps // 10)) and run.step + 1 < run.args.steps:
         return
     event = summary(run.names, torch.cat(run.seen))
-    run.log(grad_norm=grad_norm.item(), seconds=round(run.seconds(), 1), **event)
+    run.log(grad_norm=grad_norm.item(), seconds=round(time.time() - run.started, 1), **event)
     shown = [name for name in ("loss", "implicit_acc", "gap_w", "gap_l") if name in event]
     run.bar.set_postfix({name: f"{event[name]:.4f}" for name in shown})
     for verdict in diagnose(run.events, run.args.steps):

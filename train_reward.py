@@ -16,15 +16,16 @@ paper: the toy's labeller is a latent reward too, where the paper trains a visio
 """
 import csv
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Shapes, Size, check_out, command, draw_noise, fill,
-                  launch, learning_rate_scale, look_into, micro_batches, noise_samples, normalised,
-                  read_pairs, recipes, report_pairs, rng, step_rows, toy_pairs, true_scores,
-                  with_overall, world_of, write_json)
+from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Shapes, Size, check_out, command, draw_noise,
+                  file_key, fill, launch, learning_rate_scale, look_into, micro_batches, noise_samples,
+                  normalised, read_pairs, recipes, remembered, report_pairs, rng, step_rows, toy_pairs,
+                  true_scores, with_overall, world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
 from reward import LatentReward, VideoReward, accuracies, check_video, is_qwen, load_reward, reads
@@ -161,7 +162,8 @@ def read_files(args, world):
     if not args.eval:
         targets(args, pairs)
     if world is None:
-        return look_into(pairs, args, "seen.jsonl", check_video)[0]
+        recall = remembered(Path(args.cache) / "seen.jsonl")
+        return look_into(pairs, args, lambda path: recall(file_key(path), lambda: check_video(path)))[0]
     world.latent_shape(args.frames, args.size)
     return world.look_into(pairs, args)
 
