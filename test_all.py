@@ -305,6 +305,29 @@ def test_sampling_is_a_function_of_seed_and_index():
     assert torch.equal(a, videos(1, 3)) and torch.allclose(a, videos(1, 2), atol=1e-5)
     assert (a - videos(2, 3)).abs().max() > 0.1
 
+def test_an_aligned_model_is_judged_as_it_is_used_and_the_start_is_drawn_once(runs, tmp_path, monkeypatch):
+    drawn = []
+    def toy_videos(model, prompts, seed, steps, guided):
+        drawn.append(guided)
+        return torch.full((len(prompts), 3, 8, 24, 24), -0.5 - guided / 4 + len(drawn) / 9)
+    monkeypatch.setattr(train_align, "toy_videos", toy_videos)
+    def judged(name, **changes):
+        drawn.clear()
+        return align(runs, tmp_path / name, steps=1, eval_n=2, unguided=True, cache=f"{tmp_path}/cache", **changes)
+    first = judged("first")
+    assert drawn == [True, True, False, False] and first["win_rate"].keys() == first["unguided"]["win_rate"].keys()
+    again = judged("again", loss="sft")                                         # another run from the same start
+    assert drawn == [True, False] and again["oracle_start"] == first["oracle_start"]
+    judged("other", seed=1)
+    assert drawn == [True, True, False, False]
+
+def test_the_anchor_holds_the_winner_near_the_reference(runs, tmp_path):
+    errors = []
+    for anchor in (0.0, 5.0):
+        align(runs, tmp_path / f"{anchor}", n_pairs=4, batch=4, steps=12, anchor=anchor, eval_n=1, eval_steps=1)
+        errors.append(data.read_log(tmp_path / f"{anchor}")[-1]["gap_w"])
+    assert errors[1] < errors[0]
+
 def test_a_win_rate_drops_exact_ties():
     assert sample.win_rate(tensor([1.0, 2.0, 3.0, 0.0]), tensor([0.0, 2.0, 0.0, 1.0])) == 2 / 3
     assert sample.win_rate(torch.ones(3), torch.ones(3)) == 0.5
@@ -328,9 +351,9 @@ def test_a_table_of_scores_has_means_and_spreads(capsys):
     b = result((0.0, 0.5, 1.0), (0.1, 0.2, 0.3), (0.0, 0.01, 0.5, -0.1), 0.5)
     sample.print_scores({"half": [a, b], "alone": [b]})
     assert capsys.readouterr().out.strip().splitlines()[2:] == [
-        "| half | 0.10 ± 0.14 to 0.20 ± 0.14 (50 ± 71) | 0.50 ± 0.00 to 0.30 ± 0.14 (2 ± 1) | "
-        "0.90 ± 0.14 to 0.40 ± 0.14 (40 ± 14) | (-15 ± 7) | 0.3750 ± 0.1768 |",
-        "| alone | 0.00 to 0.10 (0) | 0.50 to 0.20 (1) | 1.00 to 0.30 (50) | (-10) | 0.5000 |"]
+        "| half | -15 ± 7 | 50 ± 71 (0.10 ± 0.14 to 0.20 ± 0.14) | 2 ± 1 (0.50 ± 0.00 to 0.30 ± 0.14) | "
+        "40 ± 14 (0.90 ± 0.14 to 0.40 ± 0.14) | 0.3750 ± 0.1768 |",
+        "| alone | -10 | 0 (0.00 to 0.10) | 1 (0.50 to 0.20) | 50 (1.00 to 0.30) | 0.5000 |"]
 
 def test_a_hacked_reward_is_named_and_a_good_run_is_not():
     video = clean_videos(PROMPTS[::4])
@@ -465,8 +488,7 @@ def test_the_shipped_weights_are_small_and_of_this_world():
 
 def test_the_shipped_base_draws_well_and_the_shipped_reward_tells_good_from_bad():
     prompts = data.prompts_of("eval", 9)
-    steps, shift, scale = (sample.RECIPES[name]["shapes"] for name in ("steps", "shift", "cfg"))
-    videos = sample.toy_videos(sample.load_model("assets/base"), prompts, 0, steps, shift, cfg_scale=scale)
+    videos = sample.toy_videos(sample.load_model("assets/base"), prompts, 0)
     share = oracle(videos, prompts).mean(0) / oracle(*data.flawed_videos(100, None, rng(0))).mean(0)
     assert (share > 0.7).all(), share                                           # nine leave room for chance
     pairs = data.toy_pairs(100, "eval", seed=1)
@@ -558,7 +580,7 @@ def test_on_policy_pairs_are_the_best_and_the_worst_of_what_a_model_drew_and_ali
     pairs = world.encode(world.read(args), args)
     assert pairs.prompts == data.prompts_of("train")[:9] and (pairs.label[:, 3] == 1).all()
     prompts = [p for p in pairs.prompts for _ in range(2)]
-    own = sample.toy_videos(sample.load_model(runs / "base"), prompts, 0, 2)
+    own = sample.toy_videos(sample.load_model(runs / "base"), prompts, 0, 2, guided=False)
     r = data.overall(normalised(oracle(own, prompts))).view(9, 2)
     own, rows = data.to_uint8(own).view(9, 2, *own.shape[1:]).float(), torch.arange(9)
     for place, i in ((0, r.argmax(1)), (1, r.argmin(1))):                       # mp4 moves levels a little

@@ -20,6 +20,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,9 +29,10 @@ from torch.nn.utils import clip_grad_norm_
 from data import (DTYPES, FRAMES, RANKS, RENDERERS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
                   add_gradients, all_gather, check_out, command, draw_noise, fill, flawed_videos, launch,
                   learning_rate_scale, micro_batches, overall, recipes, render_as, report_pairs, rng, shard,
-                  start_ranks, step_rows, world_of)
+                  short_hash, start_ranks, step_rows, world_of)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
-from model import PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, unshard
+from model import (PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_lora, read_tensors, save_lora,
+                   save_tensors, unshard)
 from reward import check_reward, load_reward
 from sample import evaluate, expert_of, load_model, report, toy_videos
 
@@ -53,8 +55,8 @@ RECIPES = recipes(("shapes", "wan", "pretrain"), {                              
     "compile":       (False,        torch.cuda.is_available(), False),
     "ema":           (0.0,          0.0,        0.998),
 })
-TOY_LR = {"sft": 1e-3, "rwr": 1e-3}                                             # where it is not Flow-DPO's
-ONLY = {"beta": ("dpo",), "beta_schedule": ("dpo",), "tau": ("rwr",)}         # flags that other losses ignore
+TOY_LR = {"sft": 2e-3, "rwr": 1e-3}                                             # where it is not Flow-DPO's
+ONLY = {"beta": "dpo", "beta_schedule": "dpo", "anchor": "dpo", "tau": "rwr"}  # others ignore these flags
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Args:
     n_pairs: Count = 2400                   # pairs of Shapes world
     beta: float = 500.0                # dpo: KL strength, in units of the per-element MEAN error; the paper's
     beta_schedule: Literal["constant", "(1-t)^2", "t^2", "(1-t)/t"] = "constant"  # dpo: beta over time
+    anchor: float = 0.0                     # dpo: weight of (beta / 2) (err_w - err_ref_w) beside Flow-DPO
     tau: float = 1.0                        # rwr: temperature of the weights exp(r / tau)
     lora_rank: int | None = None            # 0 trains all weights, in fp32, against a frozen copy
     lora_alpha: float | None = None         # adapters count alpha / rank
@@ -90,8 +93,9 @@ class Args:
     cache: str = "runs/cache"               # Wan: folder of the encoded videos and prompts
     skip_bad: bool = False                  # leave out pairs whose videos cannot be used
     seed: Seed = 0                          # of pairs, order, t and noise
-    eval_n: Count = 256                     # toy: held-out draws for the win rates
-    eval_steps: Count = 16                  # toy: Euler steps of what the model draws, without CFG
+    eval_n: Count = 128                     # toy: held-out draws for the win rates, by the default sampler
+    eval_steps: Count = 16                  # toy: Euler steps of these draws
+    unguided: bool = False                  # toy: judge draws without classifier-free guidance too
     split: Literal["eval", "val"] = "eval"  # toy: prompts of the evaluation; val is for tuning
     save_every: Count | None = None         # steps between the states that --resume starts from
     resume: bool = False                    # go on with the run in --out
@@ -109,9 +113,9 @@ def check(args, world):
                          "expert": None if pretrains else expert_of(args.model)})
     world.latent_shape(args.frames, args.size)                                  # these refuse what cannot be
     world.t_range(args.expert)
-    for name, losses in ONLY.items():
-        if args.loss not in losses and getattr(args, name) != getattr(Args, name):
-            raise UserError(f"--{name} says nothing to --loss {args.loss}: it is of {', '.join(losses)}")
+    for name, loss in ONLY.items():
+        if args.loss != loss and getattr(args, name) != getattr(Args, name):
+            raise UserError(f"--{name} says nothing to --loss {args.loss}: it is of {loss}")
     if args.lora_rank < 0 or args.tau <= 0:
         raise UserError(f"--lora_rank {args.lora_rank}, --tau {args.tau}: give 0 or more, --tau more than 0")
     if args.batch % RANKS:
@@ -307,9 +311,10 @@ def align(args, world, device):
                 beta = beta_schedule(args.beta, t, args.beta_schedule)
                 for err_w, err_l in error_pairs(model, x0, text, t, eps, args.decoupled):
                     loss = flow_dpo(err_w, err_l, ref_w, ref_l, beta)
+                    loss = loss + args.anchor * beta / 2 * (err_w - ref_w)      # 0 unless asked for
                     (loss.sum() / B).backward()
                 gap_w, gap_l = err_w - ref_w, err_l - ref_l
-                logit = beta / 2 * (gap_l - gap_w)                              # loss = -log sigmoid(logit)
+                logit = beta / 2 * (gap_l - gap_w)                      # Flow-DPO's is -log sigmoid(logit)
                 details = dict(gap_w=gap_w, gap_l=gap_l, err_ref_w=ref_w, logit=logit)
             elif args.loss == "rwr":
                 n, loss = 1 if args.decoupled else 2, 0                       # its two videos are independent
@@ -495,20 +500,46 @@ def finish(args, world, run, model, average, reference):
         print(f"wrote {run.folder}; see and judge it: python sample.py --ckpt {run.folder} "
               f"--prompts prompts.csv --against {start}")
         return None
-    prompts, reward, how_far = world.prompts(args.split, args.eval_n), None, {}
-    videos = toy_videos(model, prompts, args.seed, args.eval_steps)
-    if reference is None:
-        g = rng("mixture", args.seed)
-        who = torch.randint(len(RENDERERS), (len(prompts),), generator=g)
-        start_videos = render_as(who, prompts, g).float()
-    else:
-        with reference() as start:
-            start_videos = toy_videos(start, prompts, args.seed, args.eval_steps)
-        reward = load_reward(args.reward) if args.labels == "reward" else None
-        how_far = {"distance": distance(model, reference, videos, prompts, args.seed)}
-    result = evaluate(videos, start_videos, prompts, reward) | how_far
+    return judge(args, world, run, model, reference)
+
+
+def judge(args, world, run, model, reference):
+    """Draw held-out prompts of Shapes world as the model is used, by the default sampler, and compare them
+    with the start model's or, pretrained, with videos such as it learnt from; with args.unguided also
+    without classifier-free guidance. Returns what eval.json holds.
+    """
+    prompts, settings = world.prompts(args.split, args.eval_n), (args.seed, args.eval_steps)
+    reward = load_reward(args.reward) if reference and args.labels == "reward" else None
+
+    def compare(guided):
+        videos = toy_videos(model, prompts, *settings, guided)
+        if reference is None:
+            g = rng("mixture", args.seed)
+            who = torch.randint(len(RENDERERS), (len(prompts),), generator=g)
+            start_videos = render_as(who, prompts, g).float()
+        else:
+            name = short_hash(run.contents["start"], prompts, settings, guided)
+            with reference() as start:
+                start_videos = kept(Path(args.cache) / f"start-{name}.safetensors",
+                                    lambda: toy_videos(start, prompts, *settings, guided))
+        return videos, start_videos, evaluate(videos, start_videos, prompts, reward)
+
+    videos, start_videos, result = compare(guided=True)
+    if reference is not None:
+        result["distance"] = distance(model, reference, videos, prompts, args.seed)
+    if args.unguided:
+        result["unguided"] = compare(guided=False)[2]
     report(run.folder, result, prompts, videos, start_videos)
     return result
+
+
+def kept(file, draw):
+    """Videos that are drawn once, by draw, and then kept in a file."""
+    if not all(all_gather(file.exists())):
+        videos = draw()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors({"videos": videos}, file)
+    return read_tensors(file)[0]["videos"]
 
 
 def main(args):
