@@ -1,6 +1,6 @@
 """Everything between files and tensors: Shapes world, preference pairs, videos, the two worlds, runs.
 
-    python data.py                      shapes.png: good and bad videos of Shapes world, with oracle scores
+    python data.py                      shapes.webp: good and bad videos of Shapes world, with oracle scores
     python data.py label pairs.csv      a page on which a person says which of two videos is better
     python data.py label runs/a runs/b  the same of two folders, file by file of equal name
 
@@ -723,27 +723,41 @@ def write_video(path, video, fps, zoom=1):
         container.mux(stream.encode())
 
 
-def contact_sheet(path, rows, max_frames=8):
-    """Write a PNG of rows of cells (caption, video (3, T, H, W) in [-1, 1]): strips of frames over their
-    captions.
+def thumbnails(video, height=132, n=16):
+    """At most n frames of a video (3, T, H, W) in [-1, 1], evenly spaced, as pictures of this height."""
+    from PIL import Image
+    some = np.linspace(0, video.shape[1] - 1, min(n, video.shape[1])).round().astype(int)
+    frames = to_uint8(video[:, some]).permute(1, 2, 3, 0).cpu().numpy()                    # (T, H, W, 3)
+    size = round(video.shape[3] * height / video.shape[2]), height
+    sharp = Image.NEAREST if video.shape[2] < height else Image.LANCZOS
+    return [Image.fromarray(frame).resize(size, sharp) for frame in frames]
+
+
+def moving_sheet(path, tiles, seconds):
+    """Write an animated WebP that plays tiles (title, videos as thumbnails, caption) for some seconds, again
+    and again: the videos of a tile stand side by side, beginning together, under its title.
     """
-    from PIL import Image, ImageDraw
-    strips, height = [], 48                                                     # px of a strip
-    for row in rows:
-        for caption, video in row:
-            frames = to_uint8(video).permute(1, 2, 3, 0)                                   # (T, H, W, 3)
-            some = np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int)
-            strip = Image.fromarray(np.concatenate(frames[some].cpu().numpy(), axis=1))
-            sharp = Image.NEAREST if strip.height <= height else Image.LANCZOS
-            strips.append(strip.resize((int(strip.width * height / strip.height), height), sharp))
-    width = max(200, *(strip.width for strip in strips)) + 12
-    sheet = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * (height + 20)), "white")
-    pen, left = ImageDraw.Draw(sheet), iter(strips)
-    for r, row in enumerate(rows):
-        for c, (caption, _) in enumerate(row):
-            sheet.paste(next(left), (c * width + 4, r * (height + 20) + 2))
-            pen.text((c * width + 4, r * (height + 20) + height + 3), caption, fill="black")
-    sheet.save(path, optimize=True)
+    from PIL import Image, ImageDraw, ImageFont
+    font, gap, line = ImageFont.load_default(12), 8, 18                                    # px
+    w, h = tiles[0][1][0][0].size
+    width = max(w, 132) * len(tiles[0][1]) + 2 * gap
+    height, columns = h + 2 * line + gap, max(1, 900 // width)
+    places = [(i % columns * width, i // columns * height) for i in range(len(tiles))]
+    ground = Image.new("RGB", (min(columns, len(tiles)) * width, -(-len(tiles) // columns) * height), "white")
+    pen = ImageDraw.Draw(ground)
+    for (x, y), (title, _, caption) in zip(places, tiles):
+        for text, top in ((title, y), (caption, y + line + h)):
+            while font.getlength(text) > width - gap:
+                text = text[:-2] + "\N{HORIZONTAL ELLIPSIS}"
+            pen.text((x, top + 2), text, fill="black", font=font)
+    sheets = []
+    for k in range(max(len(frames) for _, videos, _ in tiles for frames in videos)):
+        sheets.append(ground.copy())
+        for (x, y), (_, videos, _) in zip(places, tiles):
+            for c, frames in enumerate(videos):
+                sheets[-1].paste(frames[min(k, len(frames) - 1)], (x + c * (w + gap // 2), y + line))
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], loop=0, quality=80,
+                   duration=int(1000 * seconds / len(sheets)))
 
 
 def label_page(path, pairs, sides=("A", "B")):
@@ -1754,22 +1768,20 @@ def read_state(folder):
 # ---- the script ----
 
 def shapes_sheet(path):
-    """Draw the twelve renderers, and the same prompts without flaws, with their oracle scores."""
+    """Draw videos of the twelve renderers with their oracle scores, each beside a flawless one."""
     prompts = PROMPTS[::6]                                                 # 12 of them, one for each renderer
     bad, good = render_as(torch.arange(len(RENDERERS)), prompts, rng(0)).float(), clean_videos(prompts)
-    rows = []
-    for i, (name, prompt) in enumerate(zip(RENDERERS, prompts)):
-        rows.append([(f"{who}: {prompt}  {caption_of(oracle(videos[i:i + 1], [prompt])[0])}", videos[i])
-                     for who, videos in ((name, bad), ("flawless", good))])
-    contact_sheet(path, rows)
+    tiles = [(prompt, [thumbnails(a), thumbnails(b)], f"{name} {caption_of(score)}")
+             for prompt, a, b, name, score in zip(prompts, bad, good, RENDERERS, oracle(bad, prompts))]
+    moving_sheet(path, tiles, FRAMES / FPS)
 
 
 def main(args):
-    """Write the labelling page of a pairs file or of two folders; without either, shapes.png."""
+    """Write the labelling page of a pairs file or of two folders; without either, shapes.webp."""
     paths = [Path(path) for path in args.label]
     if not paths:
-        shapes_sheet("shapes.png")
-        print("wrote shapes.png: twelve renderers, and the same prompts without flaws, with oracle scores")
+        shapes_sheet("shapes.webp")
+        print("wrote shapes.webp: twelve renderers with their oracle scores, each beside a flawless video")
     elif len(paths) == 1:
         pairs = read_pairs(paths[0])
         rows = [(prompt, *videos) for prompt, videos in zip(pairs.prompts, pairs.videos)]

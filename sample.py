@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from data import (DIMS, DTYPES, FRAMES, PROMPTS, RANK, RANKS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
-                  caption_of, check_out, check_world, clean_videos, contact_sheet, fill, gather_rows,
-                  label_page, launch, lineage, markdown, metadata_of, normalised, on_rank_0, oracle, overall,
-                  progress, read_log, read_table, recipes, rng, run_args, start_of, start_ranks, text_of,
+                  check_out, check_world, clean_videos, fill, gather_rows, label_page, launch, lineage,
+                  markdown, metadata_of, moving_sheet, normalised, on_rank_0, oracle, overall, progress,
+                  read_log, read_table, recipes, rng, run_args, start_of, start_ranks, text_of, thumbnails,
                   to_float, to_uint8, weights_file, whole_of, with_overall, world_of, write_json, write_video)
 from model import (Experts, UserError, VideoDiT, find, load_lora, lora_disabled, read_json, read_tensors,
                    save_tensors)
@@ -260,16 +260,17 @@ def evaluate(videos, start, prompts, reward=None):
 
 @on_rank_0
 def report(folder, result, prompts, videos, start):
-    """Print a result of evaluate; write eval.json, samples.safetensors and samples.png into the run's folder.
+    """Print a result of evaluate; write eval.json, samples.safetensors and samples.webp into a run's folder.
     """
     keep = min(12, len(prompts))
     prompts, videos, start = prompts[:keep], videos[:keep], start[:keep]
     save_tensors({"videos": to_uint8(videos), "start": to_uint8(start)}, folder / "samples.safetensors",
                  {"prompts": json.dumps(prompts)})
-    rows = zip(prompts, start, oracle(start, prompts), videos, oracle(videos, prompts))
-    contact_sheet(folder / "samples.png", [[(f"start: {prompt}  {caption_of(score_a)}", a),
-                                            (f"{folder.name}:  {caption_of(score_b)}", b)]
-                                           for prompt, a, score_a, b, score_b in rows])
+    tiles, scores = [], (oracle(x, prompts) for x in (start, videos))
+    for prompt, a, b, old, new in zip(prompts, start, videos, *scores):
+        changes = [f"{dim} {x:.2f} \N{RIGHTWARDS ARROW} {y:.2f}" for dim, x, y in zip(DIMS, old, new)]
+        tiles.append((prompt, [thumbnails(a), thumbnails(b)], "  ".join(changes)))
+    moving_sheet(folder / "samples.webp", tiles, FRAMES / Shapes.fps)
     write_result(folder, result)
 
 
@@ -370,9 +371,10 @@ def compare(args):
     start model's. With args.x, draw a figure instead and return its lines.
     """
     folders = [find(run) or Path(run) for run in args.compare]
-    out = Path(args.out) if args.out else folders[-1].parent / ("plot.png" if args.x else "compare.png")
-    if out.suffix != ".png" or not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: --compare draws one .png, in a folder that exists")
+    out = Path(args.out) if args.out else folders[-1].parent / ("plot.png" if args.x else "compare.webp")
+    kind = ".png" if args.x else ".webp"
+    if out.suffix != kind or not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: --compare draws one {kind}, in a folder that exists")
     try:
         if args.x:
             return figure(folders, args.x, args.y, args.by, out)
@@ -404,12 +406,13 @@ def compare_samples(samples, out):
     if not shared:
         print("no picture: these runs share no prompt")
         return
-    rows = []
+    tiles = []
     for prompt in shared[:6]:
-        rows.append([(f"{prompt}: start", to_float(samples[first][0]["start"][places[first][prompt]]))])
-        for run, (tensors, _) in samples.items():
-            rows[-1].append((run, to_float(tensors["videos"][places[run][prompt]])))
-    contact_sheet(out, rows, max_frames=4)
+        videos = [samples[first][0]["start"][places[first][prompt]]]
+        videos += [tensors["videos"][places[run][prompt]] for run, (tensors, _) in samples.items()]
+        names = ", ".join(["start", *samples])
+        tiles.append((prompt, [thumbnails(to_float(video)) for video in videos], names))
+    moving_sheet(out, tiles, FRAMES / Shapes.fps)
     print(f"wrote {out}")
 
 
@@ -519,7 +522,7 @@ class Compare:
     x: str = ""                             # draw the numbers --y of the runs over this one; step: their logs
     y: list = ("win_rate/Overall",)         # arguments, or paths into eval.json
     by: list = ()                           # arguments that tell lines apart
-    out: str = ""                           # the picture, a .png; unset: beside the last run
+    out: str = ""                           # the picture, .webp, with --x .png; unset: beside the last run
 
 
 def read_prompts(args, world):
@@ -668,12 +671,12 @@ def to_device(model, device):
 
 
 def write_videos(folder, drawn, names, prompts, world, texts, reward):
-    """Write drawn (latents, video) pairs as <name>.mp4, and the first as samples.png, and forget them: a
+    """Write drawn (latents, video) pairs as <name>.mp4, and the first as samples.webp, and forget them: a
     video is judged where it was drawn. Returns the reward's normalised scores (n, 3), or None, and mean
     pixel_statistics.
     """
     folder.mkdir(exist_ok=True)
-    r, pixels, cells = [], [], []
+    r, pixels, tiles = [], [], []
     for i, (x, video) in zip(range(RANK, len(names), RANKS), drawn):
         file = folder / f"{names[i]}.mp4"
         write_video(file, video, world.fps, world.zoom)
@@ -681,10 +684,9 @@ def write_videos(folder, drawn, names, prompts, world, texts, reward):
         if reward is not None:
             r.append(reward.score_drawn(x[None], world.pad([texts[prompts[i]]]), [file], [prompts[i]])[0])
         if i < 12:
-            some = np.linspace(0, video.shape[1] - 1, min(8, video.shape[1])).round().astype(int)
-            cells.append([(names[i], video[:, some])])
-    on_rank_0(contact_sheet)(folder / "samples.png", gather_rows(cells))
-    print(f"wrote {len(names)} mp4 and samples.png to {folder}")
+            tiles.append((prompts[i], [thumbnails(video)], names[i]))
+    on_rank_0(moving_sheet)(folder / "samples.webp", gather_rows(tiles), video.shape[1] / world.fps)
+    print(f"wrote {len(names)} mp4 and samples.webp to {folder}")
     pixels = gather_rows(pixels)
     means = {name: round(np.mean([x[name] for x in pixels]), 4) for name in pixels[0]}
     return None if reward is None else torch.stack(gather_rows(r)), means

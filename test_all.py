@@ -375,7 +375,7 @@ def test_runs_are_compared_in_one_table_with_seeds_together_and_drawn_over_any_n
     sample.compare(sample.Compare(compare=[f"{runs}/scale1"] * 2))
     said = capsys.readouterr().out
     assert said.count("| scale1 | oracle |") == 1 and said.count(" ± 0.0 |") == 4 and "| 2 x 4 |" in said
-    assert results[1.0]["n"] == 4 and (runs / "compare.png").exists()
+    assert results[1.0]["n"] == 4 and (runs / "compare.webp").exists()
     args = sample.Compare(compare=[f"{runs}/scale1", f"{runs}/scale30"], x="rg_scale", by=["steps"],
                           y=["win_rate/VQ", "oracle/VQ"], out=f"{runs}/drawn.png")
     assert sample.compare(args) == {f"{y}, steps 2": {x: [result[y.split("/")[0]]["VQ"]]
@@ -923,7 +923,7 @@ def test_each_objective_trains_and_its_loss_falls(runs, name, changes):
     again = data.parse_args(train_align.Args, "", shlex.split(config["command"])[2:])
     train_align.check(again, data.Shapes())
     assert json.loads(json.dumps(vars(again))) == config["args"]
-    assert (run / "samples.png").exists() and sample.load_model(run)(*random_batch()).isfinite().all()
+    assert (run / "samples.webp").exists() and sample.load_model(run)(*random_batch()).isfinite().all()
 
 def test_pretraining_and_rewards_learn_and_say_how_well(runs):
     for name, most in (("base", 0.8), ("reward", 1), ("noisy", 1)):
@@ -1319,7 +1319,7 @@ def test_wan_is_sampled_side_by_side_under_the_names_that_vbench_expects(wan, tm
                             against="base", out=f"{tmp_path}/out", **CLIP))
     names = {f"a cat runs-{i}.mp4" for i in range(4)} | {f"a dog sleeps-{i}.mp4" for i in range(2)}
     for folder in (tmp_path / "out", tmp_path / "out/start"):
-        assert {p.name for p in folder.glob("*.mp4")} == names and (folder / "samples.png").exists()
+        assert {p.name for p in folder.glob("*.mp4")} == names and (folder / "samples.webp").exists()
     frames, fps = data.read_video(tmp_path / "out/a dog sleeps-1.mp4")
     assert frames.shape == (5, 32, 48, 3) and fps == 16
 
@@ -1396,8 +1396,8 @@ sample        --compare {empty}                                    config.json c
 sample        --compare {nothing}                                  takes runs that have win rates
 sample        --compare {won} --x rg_scale --y win_rate/XQ         cannot be drawn: 'XQ'
 sample        --compare {won} --x nrg                              could not convert
-sample        --compare {won} --out drawn                          draws one .png
-sample        --compare {won} --out gone/a.png                     in a folder that exists
+sample        --compare {won} --out drawn                          draws one .webp
+sample        --compare {won} --out gone/a.webp                    in a folder that exists
 reward        --video {file} --prompt 'a red circle moving left'   cannot be read as a video
 train_align   --pairs gone.csv                                     gone.csv
 reward        {ask}                                                KwaiVGI/VideoAlign
