@@ -748,7 +748,7 @@ def moving_sheet(path, tiles, seconds):
     for (x, y), (title, _, caption) in zip(places, tiles):
         for text, top in ((title, y), (caption, y + line + h)):
             while font.getlength(text) > width - gap:
-                text = text[:-2] + "\N{HORIZONTAL ELLIPSIS}"
+                text = text[:-3] + ".."
             pen.text((x, top + 2), text, fill="black", font=font)
     sheets = []
     for k in range(max(len(frames) for _, videos, _ in tiles for frames in videos)):
@@ -1771,7 +1771,7 @@ def shapes_sheet(path):
     """Draw videos of the twelve renderers with their oracle scores, each beside a flawless one."""
     prompts = PROMPTS[::6]                                                 # 12 of them, one for each renderer
     bad, good = render_as(torch.arange(len(RENDERERS)), prompts, rng(0)).float(), clean_videos(prompts)
-    tiles = [(prompt, [thumbnails(a), thumbnails(b)], f"{name} {caption_of(score)}")
+    tiles = [(prompt, [thumbnails(a), thumbnails(b)], f"{name}:  {caption_of(score)}")
              for prompt, a, b, name, score in zip(prompts, bad, good, RENDERERS, oracle(bad, prompts))]
     moving_sheet(path, tiles, FRAMES / FPS)
 

@@ -268,7 +268,7 @@ def report(folder, result, prompts, videos, start):
                  {"prompts": json.dumps(prompts)})
     tiles, scores = [], (oracle(x, prompts) for x in (start, videos))
     for prompt, a, b, old, new in zip(prompts, start, videos, *scores):
-        changes = [f"{dim} {x:.2f} \N{RIGHTWARDS ARROW} {y:.2f}" for dim, x, y in zip(DIMS, old, new)]
+        changes = [f"{dim} {x:.2f} -> {y:.2f}" for dim, x, y in zip(DIMS, old, new)]
         tiles.append((prompt, [thumbnails(a), thumbnails(b)], "  ".join(changes)))
     moving_sheet(folder / "samples.webp", tiles, FRAMES / Shapes.fps)
     write_result(folder, result)
@@ -431,37 +431,48 @@ def figure(folders, x, ys, by, out):
     several seeds the mean and standard deviation. matplotlib is imported here alone.
 
     A number is an argument (`beta`) or a path into eval.json (`win_rate/Overall`); with x "step" it is a
-    field of log.jsonl, and each run has its own lines. Returns {line: {x: [each y]}}.
+    field of log.jsonl, which has a panel, with a line for each run. Returns {(y, line): {x: [each y]}}.
     """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    lines = defaultdict(lambda: defaultdict(list))
+    def words(name, value):
+        if isinstance(value, list) and value:                                   # of runs
+            return Path(value[0]).name
+        return str(value) if name == "run" else f"{name} {value}"
+
+    lines, over_steps = defaultdict(lambda: defaultdict(list)), x == "step"
     for folder in folders:
         args = read_json(folder / "config.json")["args"] | {"run": folder.name}
-        events = read_log(folder) if x == "step" else [read_json(folder / "eval.json")]
+        events = read_log(folder) if over_steps else [read_json(folder / "eval.json")]
+        names = by or (["run"] if over_steps else [])
         for found in (args | event for event in events):
-            names = by or (["run"] if x == "step" else [])
             try:
-                own = [f"{name} {look_up(found, name)}" for name in names]
+                own = [words(name, look_up(found, name)) for name in names]
                 place = float(look_up(found, x))
                 for y in ys:
-                    lines[", ".join([y, *own])][place].append(float(look_up(found, y)))
+                    lines[y, ", ".join(own)][place].append(float(look_up(found, y)))
             except (KeyError, ValueError, TypeError) as e:
                 raise UserError(f"{folder}: {', '.join([x, *ys, *names])} cannot be drawn: {e}") from None
     shares = all(y.startswith(("win_rate", "gap_closed", "by_t")) for y in ys)  # drawn in per cent
-    canvas, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    for label, points in lines.items():
+    panels = len(ys) if over_steps else 1
+    canvas, axes = plt.subplots(1, panels, figsize=(5 if panels == 1 else 3 * panels, 3.4), squeeze=False,
+                                layout="constrained")
+    for (y, own), points in lines.items():
         values = [(100 if shares else 1) * np.array(points[place]) for place in sorted(points)]
-        axes.errorbar(sorted(points), [v.mean() for v in values], [v.std(ddof=len(v) > 1) for v in values],
-                      fmt="-" if x == "step" else "o-", ms=4, label=label.replace("/", " ").replace("_", " "))
-    places = [place for points in lines.values() for place in points]
-    if x != "step" and 0 < 10 * min(places) < max(places):
-        axes.set_xscale("log")
-        axes.set_xticks(sorted(set(places)), [f"{place:g}" for place in sorted(set(places))])
-    axes.set(xlabel=x, ylabel="per cent" if shares else "")
-    axes.grid(alpha=0.3)
-    canvas.legend(loc="outside upper center", ncols=2, fontsize=8)
+        panel, label = axes[0][0], " ".join([*y.replace("_", " ").split("/"), own])
+        if over_steps:
+            panel, label = axes[0][ys.index(y)], own
+            panel.set_title(y)
+        panel.errorbar(sorted(points), [v.mean() for v in values], [v.std(ddof=len(v) > 1) for v in values],
+                       fmt="-" if over_steps else "o-", ms=4, label=label)
+        panel.set(xlabel=x, ylabel="per cent" if shares else "")
+        panel.grid(alpha=0.3)
+    places = sorted({place for points in lines.values() for place in points})
+    if not over_steps and 0 < 10 * places[0] < places[-1]:
+        axes[0][0].set_xscale("log")
+        axes[0][0].set_xticks(places, [f"{place:g}" for place in places])
+    canvas.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     canvas.savefig(out, dpi=100)
     print(f"wrote {out}")
     return lines

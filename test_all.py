@@ -378,13 +378,13 @@ def test_runs_are_compared_in_one_table_with_seeds_together_and_drawn_over_any_n
     assert results[1.0]["n"] == 4 and (runs / "compare.webp").exists()
     args = sample.Compare(compare=[f"{runs}/scale1", f"{runs}/scale30"], x="rg_scale", by=["steps"],
                           y=["win_rate/VQ", "oracle/VQ"], out=f"{runs}/drawn.png")
-    assert sample.compare(args) == {f"{y}, steps 2": {x: [result[y.split("/")[0]]["VQ"]]
-                                                      for x, result in results.items()} for y in args.y}
+    assert sample.compare(args) == {(y, "steps 2"): {x: [result[y.split("/")[0]]["VQ"]]
+                                                     for x, result in results.items()} for y in args.y}
     assert (runs / "drawn.png").read_bytes()[:4] == b"\x89PNG"
-    assert sample.compare(replace(args, by=[])).keys() == set(args.y)
+    assert sample.compare(replace(args, by=["ckpt"])).keys() == {(y, "base") for y in args.y}
     lines = sample.compare(replace(args, compare=[f"{runs}/base"], x="step", by=[], y=["loss"]))
     events = data.read_log(runs / "base")                                       # a log has ten or more
-    assert len(events) >= 10 and {e["step"]: [e["loss"]] for e in events} == lines["loss, run base"]
+    assert len(events) >= 10 and {e["step"]: [e["loss"]] for e in events} == lines["loss", "base"]
 
 def test_rewards_are_compared_beside_the_ceiling_and_by_how_they_tell_ties(runs, capsys):
     sample.compare(sample.Compare(compare=[f"{runs}/reward", f"{runs}/noisy"]))
