@@ -11,7 +11,8 @@
     python sample.py --compare runs/dpo --x step --y loss implicit_acc           a run's log over its steps
 
 A velocity is a function of (x, t), t a number; cfg and nrg take velocities and return one. Sampling runs from
-t = 1 (noise) to t = 0 (data): x <- x - (t - t_next) v.
+t = 1 (noise) to t = 0 (data): x <- x - (t - t_next) v. After alignment keep the guidance that suits the base,
+or a little less: above it what was learnt is lost (assets/results.md).
 """
 import csv
 import json
@@ -436,10 +437,11 @@ def figure(folders, x, ys, by, out):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    def words(name, value):
+    def tell_apart(name, value):
         if isinstance(value, list) and value:                                   # of runs
             return Path(value[0]).name
-        return str(value) if name == "run" else f"{name} {value}"
+        value = f"{value:g}" if isinstance(value, float) else value
+        return str(value) if name == "run" else f"{name.replace('_', ' ')} {value}"
 
     lines, over_steps = defaultdict(lambda: defaultdict(list)), x == "step"
     for folder in folders:
@@ -448,7 +450,7 @@ def figure(folders, x, ys, by, out):
         names = by or (["run"] if over_steps else [])
         for found in (args | event for event in events):
             try:
-                own = [words(name, look_up(found, name)) for name in names]
+                own = [tell_apart(name, look_up(found, name)) for name in names]
                 place = float(look_up(found, x))
                 for y in ys:
                     lines[y, ", ".join(own)][place].append(float(look_up(found, y)))
@@ -460,10 +462,13 @@ def figure(folders, x, ys, by, out):
                                 layout="constrained")
     for (y, own), points in lines.items():
         values = [(100 if shares else 1) * np.array(points[place]) for place in sorted(points)]
-        panel, label = axes[0][0], " ".join([*y.replace("_", " ").split("/"), own])
-        if over_steps:
-            panel, label = axes[0][ys.index(y)], own
-            panel.set_title(y)
+        panel = axes[0][ys.index(y) if over_steps else 0]
+        words = y.replace("_", " ").replace("/", " ")
+        label = own or words
+        if over_steps or len(ys) == 1:
+            panel.set_title(words, fontsize=10)
+        else:
+            label = f"{words} {own}"
         panel.errorbar(sorted(points), [v.mean() for v in values], [v.std(ddof=len(v) > 1) for v in values],
                        fmt="-" if over_steps else "o-", ms=4, label=label)
         panel.set(xlabel=x, ylabel="per cent" if shares else "")
@@ -471,7 +476,8 @@ def figure(folders, x, ys, by, out):
     places = sorted({place for points in lines.values() for place in points})
     if not over_steps and 0 < 10 * places[0] < places[-1]:
         axes[0][0].set_xscale("log")
-        axes[0][0].set_xticks(places, [f"{place:g}" for place in places])
+        if all(place == round(place, 2) for place in places):                   # few digits each
+            axes[0][0].set_xticks(places, [f"{place:g}" for place in places])
     canvas.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
     canvas.savefig(out, dpi=100)
     print(f"wrote {out}")
