@@ -693,16 +693,17 @@ def write_videos(folder, drawn, names, prompts, world, texts, reward):
     pixel_statistics.
     """
     folder.mkdir(exist_ok=True)
-    r, pixels, tiles = [], [], []
+    r, pixels, tiles, seconds = [], [], [], 0                         # of several ranks one may draw nothing
     for i, (x, video) in zip(range(RANK, len(names), RANKS), drawn):
         file = folder / f"{names[i]}.mp4"
         write_video(file, video, world.fps, world.zoom)
         pixels.append(pixel_statistics(video))
         if reward is not None:
             r.append(reward.score_drawn(x[None], world.pad([texts[prompts[i]]]), [file], [prompts[i]])[0])
+        seconds = video.shape[1] / world.fps
         if i < 12:
             tiles.append((prompts[i], [thumbnails(video)], names[i]))
-    on_rank_0(moving_sheet)(folder / "samples.webp", gather_rows(tiles), video.shape[1] / world.fps)
+    on_rank_0(moving_sheet)(folder / "samples.webp", gather_rows(tiles), seconds)
     print(f"wrote {len(names)} mp4 and samples.webp to {folder}")
     pixels = gather_rows(pixels)
     means = {name: round(np.mean([x[name] for x in pixels]), 4) for name in pixels[0]}
