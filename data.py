@@ -1062,14 +1062,14 @@ class Wan(World):
         print(f"{cache} holds {there} of {len(files)} videos and prompts; the rest is encoded now")
         texts = [prompt for prompt in prompts[RANK::RANKS] if not is_cached(self.cached[prompt])]
         for x, prompt in zip(self.embed_rows(texts), texts):                    # to the generator's own end
-            save_cached(x, self.cached[prompt])
+            save_cached(x.bfloat16(), self.cached[prompt])
 
         def read(path):
             return None if is_cached(self.cached[path]) else read_clip(path, args.frames, args.size, self.fps)
 
         def keep(path, clip):
             if clip is not None and not is_cached(self.cached[path]):           # nor a copy of it, meanwhile
-                save_cached(self.encode_video(clip[None])[0], self.cached[path])
+                save_cached(self.encode_video(clip[None])[0].bfloat16(), self.cached[path])
         pairs, _ = look_into(pairs, args, read, keep)
         self.loaded_vae = None
         torch.cuda.empty_cache()
@@ -1145,9 +1145,9 @@ def is_cached(file):
 
 
 def save_cached(x, file):
-    """Write one tensor in bf16."""
+    """Write one tensor."""
     from safetensors.torch import save
-    x = x.to(torch.bfloat16).contiguous()
+    x = x.contiguous()
     write_whole(file, save({"x": x}, {"sha256": sha256(x)}))
 
 

@@ -186,8 +186,8 @@ def toy_videos(model, prompts, seed, steps=16, guided=True, **settings):
     """Videos (n, 3, T, H, W) in [-1, 1] of prompts of Shapes world, by its default sampler or without
     classifier-free guidance.
     """
-    world, recipe = Shapes(), {flag: values["shapes"] for flag, values in RECIPES.items()}
-    ts, scale = timesteps(steps, recipe["shift"]), recipe["cfg"] if guided else 1.0
+    world, ts = Shapes(), timesteps(steps, RECIPES["shift"]["shapes"])
+    scale = RECIPES["cfg"]["shapes"] if guided else 1.0
     drawn = generate(model, world, prompts, embed_all(world, prompts), seed, ts, cfg_scale=scale,
                      **settings)
     return torch.stack(gather_rows([video for _, video in drawn]))
@@ -437,6 +437,7 @@ def figure(folders, x, ys, by, out):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     def tell_apart(name, value):
         if isinstance(value, list) and value:                                   # of runs
             return Path(value[0]).name

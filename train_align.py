@@ -27,12 +27,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import (DTYPES, FRAMES, RANKS, RENDERERS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
-                  add_gradients, all_gather, check_out, command, draw_noise, fill, flawed_videos, launch,
-                  learning_rate_scale, micro_batches, overall, recipes, render_as, report_pairs, rng, shard,
-                  short_hash, start_ranks, step_rows, world_of)
+                  add_gradients, all_gather, check_out, command, draw_noise, fill, flawed_videos, is_cached,
+                  launch, learning_rate_scale, load_cached, micro_batches, overall, recipes, render_as,
+                  report_pairs, rng, save_cached, shard, short_hash, start_ranks, step_rows, world_of)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
-from model import (PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_lora, read_tensors, save_lora,
-                   save_tensors, unshard)
+from model import PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, unshard
 from reward import check_reward, load_reward
 from sample import evaluate, expert_of, load_model, report, toy_videos
 
@@ -90,7 +89,7 @@ class Args:
     shard: bool = False           # torchrun: split Wan's weights over the GPUs (FSDP2), for what does not fit
     frames: Count | None = None             # Wan: frames of each video, 4k + 1, at 16 per second (2.2 5B: 24)
     size: Size | None = None                # Wan: height and width, multiples of 16 (2.2 5B: 32)
-    cache: str = "runs/cache"               # Wan: folder of the encoded videos and prompts
+    cache: str = "runs/cache"               # folder of encoded videos and prompts; toy: the start's draws
     skip_bad: bool = False                  # leave out pairs whose videos cannot be used
     seed: Seed = 0                          # of pairs, order, t and noise
     eval_n: Count = 128                     # toy: held-out draws for the win rates, by the default sampler
@@ -534,12 +533,11 @@ def judge(args, world, run, model, reference):
 
 
 def kept(file, draw):
-    """Videos that are drawn once, by draw, and then kept in a file."""
-    if not all(all_gather(file.exists())):
-        videos = draw()
+    """Videos that are drawn once, by draw, and then kept in a file of the cache."""
+    if not all(all_gather(is_cached(file))):                                    # drawing takes all ranks
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors({"videos": videos}, file)
-    return read_tensors(file)[0]["videos"]
+        save_cached(draw(), file)
+    return load_cached(file)
 
 
 def main(args):
