@@ -320,6 +320,8 @@ def test_an_aligned_model_is_judged_as_it_is_used_and_the_start_is_drawn_once(ru
     assert drawn == [True, False] and again["oracle_start"] == first["oracle_start"]
     judged("other", seed=1)
     assert drawn == [True, True, False, False]
+    judged("round", model=f"{tmp_path}/first")                                  # from adapters on the same base
+    assert drawn == [True, True, False, False]
 
 def test_the_anchor_holds_the_winner_near_the_reference(runs, tmp_path):
     errors = []

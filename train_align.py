@@ -517,7 +517,8 @@ def judge(args, world, run, model, reference):
             who = torch.randint(len(RENDERERS), (len(prompts),), generator=g)
             start_videos = render_as(who, prompts, g).float()
         else:
-            name = short_hash(run.contents["start"], prompts, settings, guided)
+            own = run.contents["start"], run.contents["model"]                  # whole weights, adapters
+            name = short_hash(own, prompts, settings, guided)
             with reference() as start:
                 start_videos = kept(Path(args.cache) / f"start-{name}.safetensors",
                                     lambda: toy_videos(start, prompts, *settings, guided))
