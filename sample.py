@@ -465,9 +465,9 @@ def figure(folders, x, ys, by, out):
         values = [(100 if shares else 1) * np.array(points[place]) for place in sorted(points)]
         panel = axes[0][ys.index(y) if over_steps else 0]
         words = y.replace("_", " ").replace("/", " ")
-        label = own or words
         if over_steps or len(ys) == 1:
             panel.set_title(words, fontsize=10)
+            label = own or words
         else:
             label = f"{words} {own}"
         panel.errorbar(sorted(points), [v.mean() for v in values], [v.std(ddof=len(v) > 1) for v in values],
