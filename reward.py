@@ -28,9 +28,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (DIMS, DTYPES, RANK, RANKS, Shapes, caption_of, check_world, file_key, flawed_videos,
-                  gather_rows, launch, markdown, merged, metadata_of, normalised, oracle, progress,
-                  read_shapes, read_video, remembered, rng, true_scores, video_info, with_overall, write_json)
+from data import (DIMS, DTYPES, RANK, RANKS, Shapes, all_gather, cached_file, caption_of, check_world, content_hashes, flawed_videos,
+                  gather_rows, is_cached, launch, load_cached, markdown, metadata_of, normalised, oracle, progress,
+                  read_shapes, read_video, rng, save_cached, true_scores, video_info, with_overall, write_json)
 from model import (LayerNorm, UserError, VideoDiT, add_lora, fetch, load_strict, read_config, read_json,
                    read_tensors, save_tensors)
 
@@ -340,7 +340,7 @@ class VideoReward(nn.Module):
         """Normalised scores (n, 2, 3) of the files of Pairs, A and B; cache: folder of earlier scores."""
         paths = [path for pair in pairs.videos for path in pair]
         prompts = [prompt for prompt in pairs.prompts for _ in "AB"]
-        return score_videos(self, paths, prompts, f"{cache}/scores.jsonl").view(-1, 2, len(DIMS))
+        return score_videos(self, paths, prompts, cache).view(-1, 2, len(DIMS))
 
     def score_drawn(self, latents, text, files, prompts):
         """Normalised scores (n, 3) of what a model drew, from its files."""
@@ -600,7 +600,7 @@ def check_reward(path, world, kinds=None, template=None):
     """Refuse, before any work, a reward that cannot judge what a model of this world draws, or a VideoReward
     without the template that it needs; kinds: what it may read, unset: all that can.
     """
-    kind, kinds = reads(path), kinds or world.judges
+    kind, kinds = reads(path), kinds or world.reward_inputs
     if kind not in kinds:
         raise UserError(f"{path} reads {kind}, and one that reads {' or '.join(kinds)} is needed: name "
                         "another run of train_reward.py")
@@ -623,18 +623,20 @@ def load_reward(path, base=None, template=None, dtype=None, device="cpu"):
     return LatentReward.from_pretrained(path).to(device)
 
 
-def score_videos(reward, paths, prompts, cache_file):
-    """VideoReward's normalised scores (n, 3) of video files and their prompts; each distinct pair is scored
-    once, and each raw score is at once added to cache_file. Each rank scores its share. UserError names a bad
-    video.
+def score_videos(reward, paths, prompts, cache):
+    """VideoReward's normalised scores (n, 3) of video files and their prompts; each distinct pair is scored once,
+    and the raw scores are kept in the folder cache. Each rank scores its share. UserError names a bad video.
     """
-    keys = [(reward.identity, *file_key(path), prompt) for path, prompt in zip(paths, prompts, strict=True)]
-    recall, known = remembered(Path(cache_file)), {}
-    for key in progress(list(dict.fromkeys(keys))[RANK::RANKS], "scoring"):
-        _, path, *_, prompt = key
-        known[key] = recall(key, lambda: reward.score([path], [prompt], normalise=False)[0].tolist())
-    known = merged(known)
-    return reward.normalised(torch.tensor([known[key] for key in keys]))
+    hash_of = content_hashes(cache)
+    files = [cached_file(cache, "score", reward.identity, hash_of(path), prompt)
+             for path, prompt in zip(paths, prompts, strict=True)]
+    todo = dict(zip(files, zip(paths, prompts)))
+    for file in progress(list(todo)[RANK::RANKS], "scoring"):
+        if not is_cached(file):
+            path, prompt = todo[file]
+            save_cached(reward.score([path], [prompt], normalise=False)[0], file)
+    all_gather(None)                                                            # every rank's share is there
+    return reward.normalised(torch.stack([load_cached(file) for file in files]))
 
 
 # ---- how good is a reward? ----

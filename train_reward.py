@@ -22,9 +22,9 @@ from typing import Literal
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import (DIMS, DTYPES, RANKS, Count, Run, Seed, Shapes, Size, check_out, command, draw_noise,
-                  file_key, fill, launch, learning_rate_scale, look_into, micro_batches, noise_samples,
-                  normalised, read_pairs, recipes, remembered, report_pairs, rng, step_rows, toy_pairs,
+from data import (DIMS, DTYPES, RANKS, content_hash, without_twins, Count, Numbers, Run, Shapes, command, draw_noise,
+                  fill_unset, launch, learning_rate_scale, look_into, micro_batches, noise_samples,
+                  normalised, read_pairs, recipes, report_pairs, rng, step_rows, toy_pairs,
                   true_scores, with_overall, world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
@@ -67,10 +67,10 @@ class Args:
     tie: float = 5.0                        # btt: the tie parameter theta
     n_eval: Count = 2000                    # held-out pairs of Shapes world
     frames: Count = 81                      # Wan: frames of each video, at 16 per second; 4k + 1
-    size: Size = (480, 832)                 # Wan: height and width, multiples of 16
+    size: Numbers = (480, 832)                 # Wan: height and width, multiples of 16
     skip_bad: bool = False                  # leave out pairs whose videos cannot be used
     cache: str = "runs/cache"           # folder of what is computed once: latents of videos, scores of --eval
-    seed: Seed = 0                          # of pairs, order and noise
+    seed: int = 0                          # of pairs, order and noise
     compile: bool = False                   # torch.compile the blocks of a latent reward
     save_every: Count = 500                 # steps between the states that --resume starts from
     resume: bool = False                    # go on with the run in --out
@@ -85,8 +85,8 @@ def check(args):
         kind = reads(args.eval)
     else:
         kind = "files" if is_qwen(args.model) else world_of(args.model).name
-        fill(args, {flag: values[kind] for flag, values in RECIPES.items()})
-    fill(args, {"loss": "bt" if args.noisy else "btt",
+        fill_unset(args, RECIPES[kind])
+    fill_unset(args, {"loss": "bt" if args.noisy else "btt",
                 "out": "runs/eval" if args.eval else "runs/noisy" if args.noisy else "runs/reward"})
     if args.tie <= 1 or args.label_noise <= 0:
         raise UserError(f"--tie {args.tie}, --label_noise {args.label_noise}: give a tie above 1 (the paper "
@@ -101,7 +101,6 @@ def check(args):
         raise UserError("--noisy trains a reward on latents, and a Qwen2-VL reads pixels: leave one out")
     if args.eval and kind == "wan":
         raise UserError(f"{args.eval} judges latents of Wan: how good it is stands in its eval.json")
-    check_out(args.out, inputs=(args.pairs, args.eval))
     return kind
 
 
@@ -162,10 +161,9 @@ def read_files(args, world):
     if not args.eval:
         targets(args, pairs)
     if world is None:
-        recall = remembered(Path(args.cache) / "seen.jsonl")
-        return look_into(pairs, args, lambda path: recall(file_key(path), lambda: check_video(path)))[0]
+        return look_into(without_twins(pairs, content_hash), args.skip_bad, check_video)[0]
     world.latent_shape(args.frames, args.size)
-    return world.look_into(pairs, args)
+    return world.read(args)
 
 
 def split_prompts(args, pairs):
@@ -235,8 +233,7 @@ def train(args, kind, device):
             loss = loss + part.detach()
         grad_norm = clip_grad_norm_(reward.parameters(), 1.0)
         run.see(loss=loss[None])
-        t = draw_noise((), args.seed, step, noise_samples(rows))[0].tolist() if args.noisy else None
-        run.check(pairs.where(rows), grad_norm, t=t)                            # before a weight moves
+        run.check_finite([pairs.lines[i] for i in rows], grad_norm)             # before a weight moves
         optimizer.step()
         optimizer.zero_grad()
         history.append(loss.item())
@@ -353,4 +350,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch(main, Args, __doc__, recipe=RECIPES)
+    launch(main, Args, __doc__)
