@@ -1254,6 +1254,8 @@ def start_ranks():
     if RANKS == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
+        if torch.cuda.device_count() <= int(os.environ["LOCAL_RANK"]):
+            raise UserError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs, one for each process")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
     if RANK:

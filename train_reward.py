@@ -161,7 +161,8 @@ def read_files(args, world):
     if not args.eval:
         targets(args, pairs)
     if world is None:
-        return look_into(without_twins(pairs, content_hash), args.skip_bad, check_video)[0]
+        pairs = pairs if args.eval else without_twins(pairs, content_hash)      # measured are all of them
+        return look_into(pairs, args.skip_bad, check_video)[0]
     world.latent_shape(args.frames, args.size)
     return world.read(args)
 
