@@ -495,7 +495,7 @@ def read_pairs(path, skip_bad=False, labelled=True):
     for line, row in table:
         cell, where = partial(text_of, path, line, row), f"{path}, row {line}"
         prompt, *files = map(cell, names)
-        files = [folder / (name if os.path.isfile(folder / name) else name.replace("\\", "/")) for name in files]
+        files = [folder / (x if os.path.isfile(folder / x) else x.replace("\\", "/")) for x in files]
         words = {dim: column if column == "a" else cell(column).lower() for dim, column in won.items()}
         points = [[number(cell(f"MOS_{side}_{dim}")) for dim in DIMS] for side in "AB"]
         missing = [file for file in files if not os.path.isfile(file)]
@@ -748,26 +748,18 @@ def content_hash(path):
         raise UserError(f"{path} cannot be read: {e.strerror}") from None
 
 
-def content_hashes(cache):
-    """A function of a path, the file's content_hash. It is kept in the folder cache by path, size and time of
-    change, so that no video is read through a second time.
+def known_hash(cache, path):
+    """The content_hash of a file. The folder cache knows it by path, size and time of change, so that no
+    video is read through a second time.
     """
-    memory, known = Path(cache) / "contents.jsonl", {}
-    for line in memory.read_text(encoding="utf-8").splitlines() if memory.exists() else ():
-        with suppress(ValueError):                                              # of a line that was cut short
-            key, value = json.loads(line)
-            known[tuple(key)] = value
-
-    def hash_of(path):
-        stat = os.stat(path) if os.path.exists(path) else None
-        key = stat and (str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns)
-        if key not in known:
-            known[key] = content_hash(path)
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            with open(memory, "a", encoding="utf-8") as lines:
-                lines.write(f"\n{json.dumps([key, known[key]])}")  # after a line that was cut, too
-        return known[key]
-    return hash_of
+    try:
+        stat = os.stat(path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+    memory = Path(cache) / f"hash-{short_hash(os.path.realpath(path), stat.st_size, stat.st_mtime_ns)}"
+    if not memory.exists():
+        write_whole(memory, content_hash(path).encode())
+    return memory.read_text()
 
 
 def short_hash(*facts):
@@ -781,17 +773,13 @@ def cached_file(cache, kind, *facts):
 
 
 def is_cached(file):
-    """Whether the file is there and whole: safetensors' header knows how long it must be."""
-    try:
-        return bool(read_tensors(file, metadata_only=True))
-    except UserError:
-        return False
+    """Whether the file is there: it appears whole or not at all."""
+    return Path(file).is_file()
 
 
 def save_cached(x, file):
     """Write one tensor, on whatever device it is."""
     from safetensors.torch import save
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, save({"x": x.cpu().contiguous()}))
 
 
@@ -977,7 +965,7 @@ class Wan(World):
         if not args.pairs:
             raise UserError(f"{args.model} has no pairs of its own: give a file by --pairs, such as "
                             "sample.py --n_per_prompt 4 --reward RUN writes")
-        hash_of, facts, small = content_hashes(args.cache), self.facts("vae"), {}
+        hash_of, facts, small = partial(known_hash, args.cache), self.facts("vae"), {}
 
         def look(path):
             file = cached_file(args.cache, "video", hash_of(path), args.frames, args.size, facts)
@@ -1255,7 +1243,7 @@ def start_ranks():
         return
     if torch.cuda.is_available():
         if torch.cuda.device_count() <= int(os.environ["LOCAL_RANK"]):
-            raise UserError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs, one for each process")
+            raise UserError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs, one for each process")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
     if RANK:
@@ -1491,6 +1479,7 @@ def launch(main, cls, doc, argv=None):
 def write_whole(path, content):
     """Write bytes, to a name that no other writer has and then renamed: no reader meets half a file."""
     temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
@@ -1507,19 +1496,21 @@ def read_log(folder):
 
 
 # Flags that name files: a run is the same if they hold the same. And flags that can't change what it ends in.
-PATHS = ("model", "ckpt", "against", "lora", "pairs", "prompts", "reward", "nrg", "eval", "template")
-FREE = ("out", "resume", "cache", "save_every", "accumulate", "decoupled")
+PATHS = {"model", "ckpt", "against", "lora", "pairs", "prompts", "reward", "nrg", "template"}
+FREE = {"out", "resume", "cache", "save_every", "accumulate", "decoupled"}
 
 
-def contents(args):
-    """{flag: hashes of the files that it names}; "start": of the whole weights below the model's adapters."""
-    found = {}
-    for flag in PATHS:
-        paths = getattr(args, flag, None) or []
-        found[flag] = [weights_hash(path) for path in (paths if isinstance(paths, list) else [str(paths)])]
-    if getattr(args, "loss", "pretrain") != "pretrain":
-        found["start"] = weights_hash(whole_weights(lineage(args.model)))
-    return found
+def facts_of(args):
+    """What a run depends on, {flag: its value or, of files, hashes of what they hold}; "start": that of the
+    whole weights below the model's adapters.
+    """
+    facts = {flag: value for flag, value in vars(args).items() if flag not in FREE}
+    for flag in facts.keys() & PATHS:
+        paths = facts[flag] or []
+        facts[flag] = [weights_hash(path) for path in (paths if isinstance(paths, list) else [paths])]
+    if facts.get("loss", "pretrain") != "pretrain" and facts.get("labels"):
+        facts["start"] = weights_hash(whole_weights(lineage(args.model)))
+    return facts
 
 
 def free_folder(name):
@@ -1530,48 +1521,34 @@ def free_folder(name):
 @on_rank_0
 def make_folder(args, device, longer):
     """Make the folder args.out and its config.json; returns whether an earlier run there goes on, and
-    contents.
+    facts_of it.
 
-    UserError where the folder exists and args.resume is not set, where it is of another run, or where the
-    cache can't be made.
+    UserError where the folder exists and args.resume is not set, where it is of another run (with longer it
+    may have had fewer steps), or where the cache can't be made.
     """
-    folder, now = Path(args.out), {"args": vars(args), "contents": contents(args)}
+    folder, facts = Path(args.out), json.loads(json.dumps(facts_of(args)))
     try:
         Path(getattr(args, "cache", ".")).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--cache {args.cache} cannot be made ({e.strerror}): name another folder") from None
     going_on = getattr(args, "resume", False) and folder.exists()
     if going_on:
-        check_same_run(folder, now, longer)
-    else:
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            raise UserError(f"{folder} exists: --resume goes on with it, or give another --out") from None
+        before = read_json(folder / "config.json")
+        for flag, value in facts.items():
+            grows = longer and flag == "steps" and (value or 0) >= (before["facts"]["steps"] or 0)
+            if before.get("facts", {}).get(flag) != value and not grows:
+                raise UserError(f"--resume: --{flag} {vars(args).get(flag, args.model)} is not what {folder} "
+                                f"began with, {before['args'].get(flag)}: bring that back")
+    elif folder.exists():
+        raise UserError(f"{folder} exists: --resume goes on with it, or give another --out")
+    folder.mkdir(parents=True, exist_ok=going_on)
     git = ["git", "-C", HERE, "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
     write_json(folder / "config.json", {
-        "command": command(args), **now, "commit": commit.strip(), "world": world_hash(),
-        "torch": torch.__version__, "python": sys.version.split()[0], "device": str(device),
-        "threads": torch.get_num_threads()})
-    return going_on, now["contents"]
-
-
-def check_same_run(folder, now, longer):
-    """UserError names what differs between the run in a folder and what is to go on with it: an argument that
-    is not FREE (with longer there may be more steps), or what a file holds.
-    """
-    before, now = read_json(folder / "config.json"), json.loads(json.dumps(now))
-    old = before.get("args") or {}
-    for flag, value in now["args"].items():
-        grows = flag == "steps" and longer and (value or 0) >= (old.get(flag) or 0)
-        if old.get(flag) != value and flag not in FREE + PATHS and not grows:
-            raise UserError(f"--resume: {folder} was made by another command (--{flag} was "
-                            f"{old.get(flag)}, not {value}): give the same arguments")
-    for flag, value in now["contents"].items():
-        if before.get("contents", {}).get(flag) != value:
-            name = now["args"].get(flag) or now["args"]["model"]
-            raise UserError(f"--resume: {name} has changed since {folder} began: bring it back")
+        "command": command(args), "args": vars(args), "facts": facts, "commit": commit.strip(),
+        "world": world_hash(), "torch": torch.__version__, "python": sys.version.split()[0],
+        "device": str(device), "threads": torch.get_num_threads()})
+    return going_on, facts
 
 
 class Run:
@@ -1584,7 +1561,7 @@ class Run:
 
     def __init__(self, args, device="cpu", longer=False):
         self.folder, self.args = Path(args.out), args
-        self.going_on, self.contents = make_folder(args, device, longer)
+        self.going_on, self.facts = make_folder(args, device, longer)
         self.events, self.seen, self.now, self.names, self.started = [], [], [], (), time.time()
 
     def __enter__(self):
@@ -1594,12 +1571,12 @@ class Run:
         if RANK == 0 and os.listdir(self.folder) == ["config.json"]:
             shutil.rmtree(self.folder)
 
-    def steps(self, total, model, **state):
-        """The numbers of the steps that are left to do. Between them the state {name: optimizer of the model,
-        module or list} is saved: every args.save_every steps, every 20 minutes, and when Ctrl-C or SIGTERM
-        asks to stop.
+    def steps(self, total, model, optimizers, **lists):
+        """The numbers of the steps that are left to do. Between them the state of the model, its optimizers
+        and the lists is saved: every args.save_every steps, every 20 minutes, and when Ctrl-C or SIGTERM asks
+        to stop.
         """
-        self.state = {"model": model, **state, "seen": self.seen}
+        self.state = model, optimizers, lists | {"seen": self.seen}
         first, saved = self.load() if self.going_on else 0, time.time()
         self.bar = progress(range(first, total), self.folder.name, initial=first, total=total, leave=True,
                             disable=RANK > 0)
@@ -1651,38 +1628,27 @@ class Run:
         """Write state.pt, all that training needs to go on after step."""
         if step == 0:                                                         # the optimizer has no state yet
             return
-        saved = {"step": step}
-        for name, value in self.state.items():                    # all ranks put together what is sharded
-            if isinstance(value, torch.nn.Module):
-                saved[name] = state_dicts.get_model_state_dict(value, options=WHOLE)
-            elif isinstance(value, torch.optim.Optimizer):
-                saved[name] = state_dicts.get_optimizer_state_dict(self.state["model"], value, options=WHOLE)
-            else:
-                saved[name] = value
+        model, optimizers, lists = self.state                     # all ranks put together what is sharded
+        weights, moments = state_dicts.get_state_dict(model, optimizers, options=WHOLE)
         content = io.BytesIO()
-        torch.save(saved, content)
+        torch.save({"step": step, "model": weights, "optimizers": moments, **lists}, content)
         on_rank_0(write_whole)(self.folder / "state.pt", content.getvalue())
 
     def load(self):
         """Bring the state to that of state.pt, and the log back to it; returns its step, 0 if there is
         none.
         """
-        file, step = self.folder / "state.pt", 0
-        if file.exists():
-            saved = torch.load(file, weights_only=True, map_location="cpu")
-            step = saved["step"]
-            for name, value in self.state.items():
-                if isinstance(value, torch.nn.Module):
-                    state_dicts.set_model_state_dict(value, saved[name], options=WHOLE)
-                elif isinstance(value, torch.optim.Optimizer):
-                    state_dicts.set_optimizer_state_dict(self.state["model"], value, saved[name],
-                                                         options=WHOLE)
-                else:
-                    value[:] = saved[name]
-        print(f"{self.folder}: going on after step {step}")
-        self.events = [event for event in read_log(self.folder) if event["step"] <= step]
+        file, (model, optimizers, lists) = self.folder / "state.pt", self.state
+        saved = torch.load(file, weights_only=True, map_location="cpu") if file.exists() else {"step": 0}
+        print(f"{self.folder}: going on after step {saved['step']}")
+        if saved["step"]:
+            state_dicts.set_state_dict(model, optimizers, model_state_dict=saved["model"],
+                                       optim_state_dict=saved["optimizers"], options=WHOLE)
+            for name, values in lists.items():
+                values[:] = saved[name]
+        self.events = [event for event in read_log(self.folder) if event["step"] <= saved["step"]]
         self.write_log()
-        return step
+        return saved["step"]
 
 
 # States hold whole tensors on the CPU, and of a module what is trained, however it is spread over the ranks.

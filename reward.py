@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (DIMS, DTYPES, RANK, RANKS, Shapes, all_gather, cached_file, caption_of, check_world, content_hashes, flawed_videos,
+from data import (DIMS, DTYPES, RANK, RANKS, Shapes, all_gather, cached_file, caption_of, check_world, known_hash, flawed_videos,
                   gather_rows, is_cached, launch, load_cached, markdown, metadata_of, normalised, oracle, progress,
                   read_shapes, read_video, rng, save_cached, true_scores, video_info, with_overall, write_json)
 from model import (LayerNorm, UserError, VideoDiT, add_lora, fetch, load_strict, read_config, read_json,
@@ -627,8 +627,7 @@ def score_videos(reward, paths, prompts, cache):
     """VideoReward's normalised scores (n, 3) of video files and their prompts; each distinct pair is scored once,
     and the raw scores are kept in the folder cache. Each rank scores its share. UserError names a bad video.
     """
-    hash_of = content_hashes(cache)
-    files = [cached_file(cache, "score", reward.identity, hash_of(path), prompt)
+    files = [cached_file(cache, "score", reward.identity, known_hash(cache, path), prompt)
              for path, prompt in zip(paths, prompts, strict=True)]
     todo = dict(zip(files, zip(paths, prompts)))
     for file in progress(list(todo)[RANK::RANKS], "scoring"):

@@ -247,8 +247,8 @@ def rehearse(args, world, model, reference, steps, device):
             torch.cuda.synchronize()
     spent, peak = time.time() - tic, memory(device)[0]
     model.zero_grad()
-    held = 4 * (3 if args.ema else 2) * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = held / RANKS if args.shard else held                               # Adam's moments and the average
+    held = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)    # Adam's moments
+    held = held / RANKS if args.shard else held
     hours = spent * len(batches) * steps / 3600
     took = f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.1f} minutes"
     print(f"{spent:.2f} s a micro-batch; {steps} steps take about {took} and {(peak + held) / 1e9:.1f} of "
@@ -284,7 +284,7 @@ def align(args, world, run, device):
     pairs, usable, r = label_pairs(args, world, world.encode(pairs, args), device)  # 2. A is now the winner
     move(args, model, reference, device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    average = torch.nn.ParameterList(p.detach().clone() for p in trained if args.ema)
+    average = [p.detach().cpu().clone() for p in trained if args.ema]
     optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
     epoch = -(-len(usable) // n_rows)
     steps = args.steps = args.steps or epoch
@@ -293,7 +293,7 @@ def align(args, world, run, device):
     if args.loss == "dpo":
         print(beta_elsewhere(args.beta, world.latents(pairs, [0])[0, 0].numel()))
 
-    for step in run.steps(steps, model=model, average=average, optimizer=optimizer):    # 3. saved, resumed
+    for step in run.steps(steps, model, optimizer, average=average):    # 3. saved, resumed
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(step, steps, args.warmup)
         rows = usable[step_rows(len(usable), n_rows, args.seed, step)]
         if args.loss == "rwr":
@@ -350,12 +350,12 @@ def pretrain(args, run, device):
     model = VideoDiT(PRESETS["toy"]).to(device)
     if args.compile:
         model.compile_blocks()
-    average = torch.nn.ParameterList(p.detach().clone() for p in model.parameters())
+    average = [p.detach().cpu().clone() for p in model.parameters()]
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if all(p is not q for q in matrices)]
     muon = torch.optim.Muon(matrices, lr=10 * args.lr)
     adamw = torch.optim.AdamW(rest, lr=args.lr, weight_decay=0, fused=True)
-    for step in run.steps(args.steps, model=model, average=average, muon=muon, adamw=adamw):
+    for step in run.steps(args.steps, model, [muon, adamw], average=average):
         scale = learning_rate_scale(step, args.steps, args.warmup, decay=0.4)
         muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = 10 * args.lr * scale, args.lr * scale
         g = rng("mixture", args.seed, step)
@@ -386,7 +386,7 @@ def update_average(average, trained, ema, step):
     ema.
     """
     for a, p in zip(average, trained):
-        a.lerp_(p, 1 - min(ema, (step + 1) / (step + 10)))
+        a.lerp_(p.cpu(), 1 - min(ema, (step + 1) / (step + 10)))
 
 
 # ---- what a run says ----
@@ -492,7 +492,7 @@ def finish(args, world, run, model, average, reference):
     model.eval()
     metadata = {"command": command(args), "seed": str(args.seed), **world.metadata}
     if args.lora_rank:
-        save_lora(model, run.folder / "lora.safetensors", metadata | {"start": run.contents["start"]})
+        save_lora(model, run.folder / "lora.safetensors", metadata | {"start": run.facts["start"]})
     else:
         dtype = torch.float16 if reference is None else None                    # the base ships in 16 bit
         model.save_pretrained(run.folder / "transformer", metadata, dtype)
@@ -519,7 +519,7 @@ def judge(args, world, run, model, reference):
         result = evaluate(videos, start_videos, prompts)
     else:
         device = str(next(model.parameters()).device)                           # the start's are drawn once
-        start = run.contents["start"], run.contents["model"]  # its whole weights, its adapters
+        start = run.facts["start"], run.facts["model"]  # its whole weights, its adapters
         file = cached_file(args.cache, "start", start, prompts, settings, args.dtype, device)
         with reference() as frozen:
             if not all(all_gather(is_cached(file))):                            # drawing takes all ranks

@@ -222,7 +222,7 @@ def train(args, kind, device):
     args.steps = args.steps or max(1, 2 * len(pairs) // args.batch)
     warmup, decay = (50, 1.0) if kind == "shapes" else (0.05 * args.steps, 0.0)
 
-    for step in run.steps(args.steps, model=reward, optimizer=optimizer, history=history):
+    for step in run.steps(args.steps, reward, optimizer, history=history):
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(step, args.steps, warmup, decay)
         rows = train_rows[step_rows(len(train_rows), args.batch, args.seed, step)]
         labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0
