@@ -628,6 +628,19 @@ def test_videos_that_cannot_be_used_are_named(tmp_path):
         with refusing(f"text.mp4 {unread}"):
             look(tmp_path / "text.mp4")
 
+def test_a_damaged_video_says_how_much_of_it_can_be_decoded(tmp_path):
+    import av
+    write_clips(tmp_path, ["a.mp4"], frames=20)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    for place, size in sorted(packets)[12:]:                                    # it opens, and breaks in the middle
+        content[place:place + size] = bytes(size)
+    (tmp_path / "late.mp4").write_bytes(content)
+    for look in (lambda path: data.read_video(path, [19]), data.read_video, reward.check_video):
+        with refusing(r"late.mp4 is cut short or damaged: \d+ of 20 frames can be decoded"):
+            look(tmp_path / "late.mp4")
+
 def test_a_video_is_read_as_players_show_it_and_a_clip_is_a_stretch_of_its_time(tmp_path):
     grey = np.stack([np.full((32, 48, 3), 20 * k, np.uint8) for k in range(12)])
     grey[:, :, 24:] += 30                                                       # darker on the left
@@ -1199,6 +1212,24 @@ def test_memory_is_told_on_every_system(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     assert train_align.memory("cpu") == (0, 0)
 
+def test_memory_that_runs_out_ends_in_one_line_that_names_what_helps(capsys):
+    def main(args):
+        if torch.cuda.is_available():
+            torch.empty(10**15, dtype=torch.uint8, device="cuda")
+        raise torch.OutOfMemoryError("CUDA out of memory.")                     # what torch says there
+    for script, flags in ((train_align, {"--accumulate", "--decoupled", "--shard", "--frames", "--size"}),
+                          (sample, {"--batch", "--frames", "--size"}), (reward, {"--dtype"})):
+        said = refusal(main, script.Args, [], capsys)
+        assert said.startswith("error: out of memory: ") and flags <= set(re.findall(r"--\w+", said))
+
+@pytest.mark.skipif(not hasattr(torch.cuda, "standin"), reason="needs a GPU of any size, as the stand-in is")
+def test_a_rehearsal_that_does_not_fit_leaves_no_folder(wan, tmp_path):
+    words = shlex.split(data.command(wan_args(wan, "", out=f"{tmp_path}/run", cache=f"{tmp_path}/cache")))[1:]
+    out = subprocess.run([sys.executable, *words], cwd=HERE, env=os.environ | {"STANDIN_MEMORY_GB": "0.001"},
+                         capture_output=True, text=True)
+    assert out.returncode == 2 and out.stderr.strip().splitlines()[-1].startswith("error: out of memory: ")
+    assert not (tmp_path / "run").exists()
+
 def test_averaged_weights_are_those_that_are_trained(runs, tmp_path):
     for ema in (0.5, 0.0):
         align(runs, tmp_path / str(ema), steps=3, ema=ema, save_every=1, eval_n=1, eval_steps=1)
@@ -1300,6 +1331,8 @@ def test_each_expert_is_trained_in_its_range_and_its_lora_loads_in_diffusers(wan
         train_align.main(replace(args, expert=expert, out=f"{tmp_path}/{expert}"))
         assert loaded == [part] and times and all(low <= t <= high for ts, _ in times for t in ts)
         loaded.clear(), times.clear()
+    with refusing("--expert high: .*low is a run of the other one"):
+        train_align.main(replace(args, model=f"{tmp_path}/low", expert="high", out=f"{tmp_path}/x"))
     runs, world = [f"{tmp_path}/low", f"{tmp_path}/high"], data.world_of(folder)        # in any order
     both, one, plain = (sample.load_all(x, world, torch.float32) for x in (runs, runs[:1], [str(folder)]))
     for t, same in ((0.9, True), (0.3, False)):                               # one run beside the plain other
