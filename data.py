@@ -1307,12 +1307,16 @@ def shard(model):
 
 
 def micro_batches(rows, accumulate):
-    """[(rows, their noise_samples)] of the micro-batches that go through the model in turn: this rank's share
-    of the rows (n,) of a step.
+    """[(rows, samples)] of the micro-batches that go through the model in turn: this rank's share of the rows (n,)
+    of a step, and their samples for draw_noise: the k-th repetition of a row is (row, k), which has noise of its
+    own.
     """
-    n, samples = len(rows), noise_samples(rows)
-    batches = torch.arange(n)[RANK::RANKS].split(-(-n // accumulate))
-    return [(rows[places], [samples[i] for i in places]) for places in batches]
+    times, samples = Counter(), []
+    for row in rows.tolist():
+        samples.append((row, times[row]) if times[row] else row)
+        times[row] += 1
+    places = torch.arange(len(rows))[RANK::RANKS].split(-(-len(rows) // accumulate))
+    return [(rows[own], [samples[i] for i in own]) for own in places]
 
 
 # ---- runs: randomness ----
@@ -1346,17 +1350,6 @@ def step_rows(n, batch, seed, step):
     places = torch.arange(step * batch, (step + 1) * batch)
     orders = {e: torch.randperm(n, generator=rng("order", seed, e)) for e in (places // n).unique().tolist()}
     return torch.stack([orders[p // n][p % n] for p in places.tolist()])
-
-
-def noise_samples(rows):
-    """The rows of a step as draw_noise takes them: the k-th repetition of a row is (row, k), so that it has
-    noise of its own.
-    """
-    count, samples = Counter(), []
-    for row in rows.tolist():
-        samples.append((row, count[row]) if count[row] else row)
-        count[row] += 1
-    return samples
 
 
 def learning_rate_scale(step, steps, warmup, decay=0.0):
@@ -1621,8 +1614,9 @@ class Run:
 
     def write_log(self):
         """Write log.jsonl, an event a line."""
-        lines = "".join(json.dumps(event) + "\n" for event in self.events)
-        on_rank_0(write_whole)(self.folder / "log.jsonl", lines.encode())
+        if not RANK:
+            lines = "".join(json.dumps(event) + "\n" for event in self.events)
+            write_whole(self.folder / "log.jsonl", lines.encode())
 
     def save(self, step):
         """Write state.pt, all that training needs to go on after step."""

@@ -472,7 +472,7 @@ def test_pairs_noise_and_order_are_functions_of_seed_step_and_sample_and_no_nois
     assert t[2] == t2[0] and torch.equal(eps[2], eps2[0]) and not torch.equal(eps[1], eps[2])
     epochs = torch.cat([data.step_rows(10, 4, 0, step) for step in range(5)]).view(2, 10)
     assert epochs.sort().values.tolist() == [list(range(10))] * 2
-    samples = data.noise_samples(tensor([3, 5, 3, 3]))                      # a row that comes again in a step
+    (_, samples), = data.micro_batches(tensor([3, 5, 3, 3]), 1)             # a row that comes again in a step
     t, eps = data.draw_noise((4,), 0, 1, samples)
     assert samples == [3, 5, (3, 1), (3, 2)] and t.unique().numel() == 4
     assert torch.equal(eps[0], data.draw_noise((4,), 0, 1, [3])[1][0])

@@ -335,7 +335,8 @@ def align(args, world, run, device):
         run.check_finite([pairs.lines[i] for i in rows], grad_norm)             # before a weight moves
         optimizer.step()
         optimizer.zero_grad()
-        update_average(average, trained, args.ema, step)                        # which is empty without
+        if args.ema:
+            update_average(average, trained, args.ema, step)
         log_and_warn(run, grad_norm)
     return finish(args, world, run, model, average, reference)
 

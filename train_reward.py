@@ -23,7 +23,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import (DIMS, DTYPES, RANKS, content_hash, without_twins, Count, Numbers, Run, Shapes, command, draw_noise,
-                  fill_unset, launch, learning_rate_scale, look_into, micro_batches, noise_samples,
+                  fill_unset, launch, learning_rate_scale, look_into, micro_batches,
                   normalised, read_pairs, recipes, report_pairs, rng, step_rows, toy_pairs,
                   true_scores, with_overall, world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
