@@ -420,7 +420,7 @@ LAYOUTS = (
     ("prompt", "chosen", "rejected", {"Overall": "a"}),
 )
 LABELS = {"a": 1, "leftvote": 1, "b": -1, "rightvote": -1, "same": 0, "tievote": 0, "bothbad_vote": 0,
-          "": math.nan, "invalid": math.nan}
+          "": math.nan, "nan": math.nan, "none": math.nan, "invalid": math.nan}
 
 
 def read_table(path):
