@@ -1147,7 +1147,7 @@ def is_cached(file):
 def save_cached(x, file):
     """Write one tensor."""
     from safetensors.torch import save
-    x = x.contiguous()
+    x = x.cpu().contiguous()
     write_whole(file, save({"x": x}, {"sha256": sha256(x)}))
 
 
