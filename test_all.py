@@ -2234,6 +2234,5 @@ def gpu(args):
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["--bench"], ["--gpu"]):
-        main = bench if sys.argv.pop(1) == "--bench" else gpu
-        raise SystemExit(data.launch(main, Bench, Bench.__doc__))
+        raise SystemExit(data.launch(bench if sys.argv.pop(1) == "--bench" else gpu, Bench, Bench.__doc__))
     raise SystemExit(pytest.main([__file__, "-q"]))
