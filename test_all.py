@@ -2214,8 +2214,8 @@ def gpu(args):
         ("attention as PyTorch chooses", 20, steps("wan-1.3b", "sft", 3, **eager)),
         ("attention without cuDNN's", 20, steps("wan-1.3b", "sft", 3, cudnn=False, **eager)),
         ("it works", 150, partial(command, "-m", "pytest", "test_all.py", "-q", "-k", "test_a_gpu", "-rpfE")),
-        *[(f"{name}, {step}", 120, steps(name, step, 2))
-          for name in ("wan-1.3b", "wan-1.3b-81") for step in ("dpo", "sft", "forward")],
+        *[(f"{name}, {step}", 120, steps(name, step, rounds)) for name, rounds in (
+            ("wan-1.3b", 3), ("wan-1.3b-81", 1)) for step in ("dpo", "sft", "forward")],
         *[(f"wan-14b, dpo, {who}", 90, steps("wan-14b", "dpo", 1, whose=[who], modes=["compiled"]))
           for who in ("ours", "ours, decoupled")],
         ("autoencoder", 60, partial(autoencoder, args.preset or "wan-1.3b-81")),
