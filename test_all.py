@@ -2,7 +2,8 @@
 
     pytest test_all.py                                                  on a CPU, without network
     python test_all.py --bench                                          how fast it is, beside diffusers
-    python test_all.py --bench --preset wan-1.3b --frames 81 --size 480,832 --dtype bf16 --checkpointing
+    python test_all.py --bench --preset wan-1.3b --dtype bf16 --checkpointing
+    python test_all.py --gpu                                ten minutes on a GPU: tables, and gpu.json
 """
 import contextlib
 import copy
@@ -27,6 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -2101,222 +2103,214 @@ def kept_for_backward(m, call):
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
         return call(), most[0]
 
+# ---- on a GPU ----
+# There the same files give in 16 bit what they give on a CPU. python test_all.py --gpu runs these tests too.
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+@on_gpu
+@pytest.mark.parametrize("name, expert", [("2.1", None), ("a14b", "high"), ("a14b", "low")])
+def test_a_gpu_trains_wan_as_a_cpu_does(name, expert, wans, tmp_path, monkeypatch):
+    args = wan_args(wans[name], "", expert=expert, dtype="bf16", beta=10.0, steps=4, checkpointing=True,
+                    compile=expert is None, cache=f"{tmp_path}/cache", out=f"{tmp_path}/gpu")
+    train_align.main(replace(args, steps=2))
+    train_align.main(replace(args, resume=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        train_align.main(replace(args, compile=False, cache=f"{tmp_path}/cpu-cache", out=f"{tmp_path}/cpu"))
+    for key, rounding in {"loss": 0.01, "err_ref_w": 0.005, "grad_norm": 0.2}.items():
+        gpu, cpu = ([event[key] for event in data.read_log(tmp_path / run)] for run in ("gpu", "cpu"))
+        assert gpu == pytest.approx(cpu, rel=rounding), key
+
+@on_gpu
+def test_a_gpu_draws_from_a_second_round_under_a_noisy_reward(wan, tmp_path):
+    args = wan_args(wan, "", dtype="bf16", compile=False, steps=1, out=f"{tmp_path}/one")
+    train_align.main(replace(args))
+    train_align.main(replace(args, model=args.out, out=f"{tmp_path}/two"))
+    train_reward.main(noisy_args(wan, f"{tmp_path}/noisy", steps=1))
+    sample.main(sample.Args(ckpt=f"{tmp_path}/two", nrg=f"{tmp_path}/noisy", prompt=["a cat"], steps=2,
+                            out=f"{tmp_path}/drawn", **CLIP))
+    assert data.video_info(tmp_path / "drawn/000.mp4")[0] == 5
+
+@on_gpu
+def test_a_gpu_draws_with_both_experts_and_scores_videos_as_a_cpu_does(wans, qwen, tmp_path):
+    sample.main(sample.Args(model=str(wans["a14b"]), prompt=["a cat"], n_per_prompt=2, steps=2, **CLIP,
+                            reward=f"{qwen[0]}/released", template=f"{qwen[0]}/prompt_template.py",
+                            out=f"{tmp_path}/drawn"))
+    assert len(data.read_pairs(tmp_path / "drawn/pairs.csv").prompts) == 1
+    own = released_reward(qwen, torch.bfloat16)
+    cpu, gpu = raw_scores(qwen, own), raw_scores(qwen, own.to("cuda")).cpu()
+    assert torch.allclose(gpu, cpu, atol=0.3)
+
 # ---- bench ----
-# How fast it is, beside diffusers: python test_all.py --bench
+# How fast it is beside diffusers: python test_all.py --bench; and all that a GPU alone can tell: --gpu.
+
+SMALL = model_file.Config(dim=384, ffn_dim=2240, text_dim=512, num_heads=3, num_layers=4)
+SHAPES = {                                  # a model's sizes; frames, height and width of its videos
+    "tiny": (model_file.Config(dim=96, ffn_dim=192, text_dim=32, num_heads=2, num_layers=2), 5, 64, 64),
+    "small": (SMALL, 13, 256, 256), "wan-14b": (PRESETS["wan-14b"], 33, 480, 832),
+    "wan-1.3b": (PRESETS["wan-1.3b"], 33, 480, 832), "wan-1.3b-81": (PRESETS["wan-1.3b"], 81, 480, 832)}
+# Passes of a video through (linear maps, attention): a backward pass is two of attention and, with LoRA, one.
+PASSES = {"forward": (1, 1), "sft": (1 + 1, 1 + 2), "dpo": (2 * (1 + 1 + 1), 2 * (1 + 1 + 2))}
 
 @dataclass
 class Bench:
-    """Time a forward pass, a training step of all weights and a Flow-DPO step (LoRA) beside diffusers' Wan.
-
-    All take turns in one process. The DPO step around diffusers is the usual one: adapters by peft, the
-    reference is the model with them off, winner and loser go through it one after the other.
-    """
-    preset: Literal["small", "toy", "wan-1.3b", "wan-14b"] = "small"  # small: Wan for two CPU cores
-    frames: int = 13                        # of each video; Wan's are 4k + 1
-    size: data.Numbers = (256, 256)            # height and width of each video
-    batch: int = 1                          # videos; pairs in the DPO step
+    """Time our Wan beside diffusers' with peft: a forward pass, and LoRA's gradient of SFT and Flow-DPO."""
+    preset: Literal[*SHAPES] | None = None  # see SHAPES; unset: small, and with --gpu Wan's
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the linear maps
-    compile: bool = True                    # measure with compiled blocks too
-    checkpointing: bool = False             # activation checkpointing, each in its own way
-    lora_rank: int = 64                     # of the DPO step
-    steps: list = ("forward", "train", "dpo")  # which to measure
-    rounds: int = 7                         # turns of each after two to warm up; medians are shown
-    profile: bool = False                   # print which operations each eager step's time goes to
+    checkpointing: bool = False             # activation checkpointing; what it computes again is not counted
+    rounds: data.Count = 7                  # turns of each, after one to compile; medians are shown
+    minutes: float = 10.0                   # --gpu, which sets the others: what may take longer is not begun
 
-SMALL = model_file.Config(dim=384, ffn_dim=2240, text_dim=512, num_heads=3, num_layers=4)  # as 1.3B
-# Of (linear maps, attention). A backward pass costs its forward pass twice, for inputs and for weights,
-# which LoRA's frozen ones do not need. DPO: two videos through the policy, there and back, and through the
-# reference. What is computed again because of checkpointing does not count.
-PASSES = {"forward": (1, 1), "train": (3, 3), "dpo": (2 * (2 + 1), 2 * (3 + 1))}
-
-def flops(c, shape, words):
-    """(linear maps, attention) of one video's forward pass, a multiply-add being two; no norms and such."""
-    D, patch, S = c.dim, c.in_dim * math.prod(c.patch_size), words
-    L = math.prod(shape) // patch
-    outside = 4 * L * D * patch + 2 * S * D * (c.text_dim + D)                  # patches in and out; the text
-    block = 2 * D * (6 * L * D + 2 * S * D + 2 * L * c.ffn_dim)               # q k v o; q o, text's k v; ffn
-    return outside + c.num_layers * block, c.num_layers * 4 * L * (L + S) * D   # scores, sums they weigh
-
-def contender(args, step, who, compiled, weights, config, batch):
-    """(the model, function of no arguments that does the step, bytes held between steps) of who: ours, ours
-    decoupled, diffusers, or that with cuDNN's attention. Weights are shared by all.
-    """
-    (x0, t, text, eps), dpo, dtype, ours = batch, step == "dpo", DTYPES[args.dtype], "ours" in who
+def contender(args, step, who, mode, batch):
+    """(model at random weights, function that takes a step) of "ours", "ours, decoupled" or "diffusers"."""
+    (x0, text, t, eps), ours, c, dtype = batch, who != "diffusers", SHAPES[args.preset][0], DTYPES[args.dtype]
     with x0.device:
-        m = VideoDiT(config) if ours else diffusers.WanTransformer3DModel.from_config(config.to_diffusers())
-    if not ours:                                                              # fp32 where its loader keeps it
-        fp32, weights = m._keep_in_fp32_modules, {model_file.to_diffusers(k): v for k, v in weights.items()}
-        weights = {k: v if any(part in k for part in fp32) else v.to(dtype) for k, v in weights.items()}
-    m.load_state_dict(weights, assign=True)
-    m.train().requires_grad_(not dpo)
-    if dpo and ours:
-        add_lora(m, args.lora_rank, 2.0 * args.lora_rank)
-    elif dpo:
-        from peft import LoraConfig
-        m.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
-                                 target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    if "cuDNN" in who:
-        m.set_attention_backend("_native_cudnn")
+        m = VideoDiT(c) if ours else diffusers.WanTransformer3DModel.from_config(c.to_diffusers())
+    for name, p in m.named_parameters():                                        # zeros would be too easy
+        wide = ours and any(part in name for part in model_file.FP32_ISLANDS)
+        p.data = torch.nn.init.normal_(p.data, std=0.02).to(torch.float32 if wide else dtype)
     for block in m.blocks if ours else []:
         block.checkpointing = args.checkpointing
     if args.checkpointing and not ours:
         m.enable_gradient_checkpointing()
-    if compiled:
+    if args.dtype == "bf16" and x0.is_cuda and not ours:                        # cuDNN's takes 16 bit alone
+        m.set_attention_backend("_native_cudnn")
+    if mode == "compiled":
         m.compile_blocks() if ours else m.compile_repeated_blocks(dynamic=False)
-    optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-6, fused=True)
-
+    if step != "forward" and ours:
+        add_lora(m, 64, 128.0)
+    elif step != "forward":
+        from peft import LoraConfig, get_peft_model
+        m = get_peft_model(m, LoraConfig(r=64, lora_alpha=128, target_modules=r".*\.to_([qkv]|out\.0)"))
     def velocity(xt, t, text):
-        return m(xt, t, text) if ours else velocity_of(m, xt.to(dtype), t, text.to(dtype))
-
-    @contextlib.contextmanager
-    def adapters_off():
-        m.disable_adapters()
-        yield
-        m.enable_adapters()
-
-    def errors():
-        """Errors of winner and loser: ours in one batch, the usual recipe one after the other."""
-        if ours:
-            return train_align.velocity_errors(m, x0, text, t, eps).unbind(1)
-        return [velocity_error(velocity(mix(x, eps, t), t, text), eps - x) for x in x0.unbind(1)]
-
+        videos = zip(xt.to(dtype).split(1), t.split(1), text.to(dtype).split(1))  # the usual recipe: in turn
+        return m(xt, t, text) if ours else torch.cat([velocity_of(m, *video) for video in videos])
     def run():
-        if step == "forward":
-            with torch.no_grad():
-                return velocity(mix(x0[:, 0], eps, t), t, text)
-        if dpo:
-            with torch.no_grad(), lora_disabled(m) if ours else adapters_off():
-                err_ref = errors()
-            pairs = train_align.error_pairs(m, x0, text, t, eps, "decoupled" in who) if ours else [errors()]
-            for err in pairs:
-                flow_dpo(*err, *err_ref, 500.0).mean().backward()
+        if step == "dpo":
+            with torch.no_grad(), lora_disabled(m) if ours else m.disable_adapter():
+                reference = train_align.velocity_errors(velocity, x0, text, t, eps).unbind(1)
+            apart, batch = who == "ours, decoupled", (velocity, x0, text, t, eps)
+            both = [] if apart else [train_align.velocity_errors(*batch).unbind(1)]
+            for pair in both or train_align.error_pairs(*batch):
+                flow_dpo(*pair, *reference, 500.0).backward()
         else:
-            velocity_error(velocity(mix(x0[:, 0], eps, t), t, text), eps - x0[:, 0]).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    moments = 2 * (step != "forward")
-    return m, run, sum(p.nbytes * (1 + moments * p.requires_grad) for p in m.parameters())
+            with torch.set_grad_enabled(step == "sft"):
+                error = train_align.velocity_errors(velocity, x0[:, :1], text, t, eps)
+            if step == "sft":
+                error.backward()
+    return m, run
 
-def take_turns(functions, rounds, device):
-    """Seconds (rounds, n) of n functions that take turns, and the most bytes that each added on a GPU (n).
-    Every other turn goes backwards, so that none always runs in what the same other one left in the caches.
-    """
-    cuda, added, seconds = device == "cuda", [0] * len(functions), np.zeros((rounds + 2, len(functions)))
-    for turn in range(rounds + 2):                                            # two to compile and to warm up
-        for i, function in list(enumerate(functions))[::1 - 2 * (turn % 2)]:
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-                torch.cuda.synchronize()
-            before, tic = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter()
-            function()
-            if cuda:
-                torch.cuda.synchronize()
-                added[i] = torch.cuda.max_memory_allocated() - before
-            seconds[turn, i] = time.perf_counter() - tic
-    return seconds[2:], added
+def timed(call):
+    """(seconds of a call, the most bytes that it added on a GPU)."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before, tic = torch.cuda.memory_allocated(), time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - tic, torch.cuda.max_memory_allocated() - before
 
-def attention_times(config, tokens):
-    """A line of the milliseconds that bf16 attention takes on a GPU, there and back, on a video's tokens."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    shape = 1, config.num_heads, tokens, config.dim // config.num_heads
-    q, found = torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True), {}
+def measure(args, step, whose=("ours", "diffusers"), modes=("eager", "compiled"), cudnn=True):
+    """Rows {column: value} of a step by each of whose in each mode, and of a matmul among them."""
+    device, (c, frames, *size) = "cuda" if torch.cuda.is_available() else "cpu", SHAPES[args.preset]
+    shape, n = (16, (frames - 1) // 4 + 1, *(x // 8 for x in size)), 8192 if "wan" in args.preset else 2048
+    if step != "forward" and "diffusers" in whose and not importlib.util.find_spec("peft"):
+        print(f"The {step} step of diffusers needs `pip install peft` and is left out.")
+        whose = ["ours"]
+    torch.compiler.reset()                                                      # its limit is eight variants
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    with torch.device(device):
+        batch = [torch.randn(1, *x) for x in ((2, *shape), (512, c.text_dim), (), shape)]
+        a, b = torch.randn(2, n, n, dtype=DTYPES[args.dtype])
+    names = [(who, mode) for mode in modes for who in whose]
+    models, runs = zip(*[contender(args, step, *name, batch) for name in names])
+    turns = np.array([[timed(run) for run in (*runs, lambda: a @ b)] for _ in range(args.rounds + 1)])
+    seconds, added = np.median(turns[1:, :, 0], axis=0), turns[-1, :, 1]
+    D, L, S = c.dim, math.prod(shape) // 64, 512                              # tokens, and words of a prompt
+    linear = 2 * D * (6 * L * D + 2 * S * D + 2 * L * c.ffn_dim)              # q k v o; q o, text's k v; ffn
+    work = c.num_layers * np.dot(PASSES[step], (linear, 4 * L * (L + S) * D))  # a multiply-add is two
+    rows, rate = [], 2 * n**3 / seconds[-1]
+    for (who, mode), m, run, s, more in zip(names, models, runs, seconds, added):
+        rows.append({"model": f"{who}, {mode}", "s": round(s, 4), "TFLOP/s": round(work / s / 1e12, 4),
+                     "of matmul": round(work / s / rate, 3)})
+        if device == "cuda":
+            rows[-1]["peak GB"] = round((sum(p.nbytes for p in m.parameters()) + more) / 1e9, 3)
+        if mode == "eager" and step != "forward" and not args.checkpointing:
+            rows[-1]["MB kept for backward"] = round(kept_for_backward(m, run)[1] / 1e6, 1)
+        if device == "cuda" and step == "sft":
+            with torch.profiler.profile() as seen:
+                timed(run)
+            kernels = [e.key for e in seen.key_averages() if re.search("scaled_dot|sdpa|fmha|flash", e.key)]
+            rows[-1]["attention"] = ", ".join(kernel[:70] for kernel in kernels)
+    return [*rows, {"model": f"matmul {n}", "s": round(seconds[-1], 6), "TFLOP/s": round(rate / 1e12, 4)}]
 
-    def attend():
-        with sdpa_kernel(kinds):
-            torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(q, q, q).sum(), q)
-    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    for name, kinds in (("flash", [flash]), ("cuDNN", [cudnn]), ("PyTorch's choice", [flash, cudnn])):
-        with contextlib.suppress(RuntimeError):                                 # this machine hasn't got it
-            found[name] = 1000 * np.median(take_turns([attend], 5, "cuda")[0])
-    return "Attention, ms: " + ", ".join(f"{name} {ms:.1f}" for name, ms in found.items())
+def show(title, rows):
+    """Print rows {column: value} as a Markdown table, lists left out."""
+    head = list(dict.fromkeys(k for row in rows for k, x in row.items() if not isinstance(x, list)))
+    table = data.markdown(head, [[row.get(column, "") for column in head] for row in rows])
+    print(f"\n{title}\n\n{table}", flush=True)
 
 def bench(args):
-    """Print a Markdown table of each of args.steps, then what the data path does in a second."""
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[args.dtype]
-    toy, peft = args.preset == "toy", importlib.util.find_spec("peft")
-    config = SMALL if args.preset == "small" else PRESETS[args.preset]
-    shape = (16, (args.frames - 1) // 4 + 1, *(x // 8 for x in args.size))
-    shape = (3, args.frames, *args.size) if toy else shape
-    words, n = data.TEXT_LEN if toy else data.WAN_TEXT_LEN, 8192 if device == "cuda" else 2048
-    torch.manual_seed(0)
-    with torch.device(device):
-        weights = VideoDiT(config).state_dict()
-        batch = (torch.randn(args.batch, 2, *shape), torch.rand(args.batch),
-                 torch.randn(args.batch, words, config.text_dim), torch.randn(args.batch, *shape))
-        a, b = torch.randn(2, n, n, dtype=dtype)
-    tokens = args.batch * math.prod(shape) // (config.in_dim * math.prod(config.patch_size))
-    if device == "cuda":
-        print(attention_times(config, tokens // args.batch), end="\n\n")
-    weights = {k: v if any(part in k for part in model_file.FP32_ISLANDS) else v.to(dtype)
-               for k, v in weights.items()}
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.preset}, {args.frames} frames of {args.size[0]} x {args.size[1]}, {tokens:,} tokens, "
-          f"{args.dtype}, {where}, torch {torch.__version__}, diffusers {diffusers.__version__}; medians of "
-          f"{args.rounds} turns")
-    for step in args.steps:
-        if step == "dpo" and not peft:
-            print("\nThe DPO step of diffusers needs `pip install peft`.")
-        whose = ["ours", "diffusers", "diffusers, cuDNN"][:3 if device == "cuda" else 2]
-        whose = whose[:1] if step == "dpo" and not peft else whose
-        names = [(who, compiled) for compiled in (False, True)[:1 + args.compile] for who in whose]
-        _, runs, held = zip(*[contender(args, step, who, compiled, weights, config, batch)
-                              for who, compiled in names])
-        seconds, added = take_turns([*runs, lambda: a @ b], args.rounds, device)
-        median, seen, rows = np.median(seconds, axis=0), tokens * (2 if step == "dpo" else 1), []
-        matmul = 2e-12 * n**3 / median[-1]
-        work = 1e-12 * args.batch * np.dot(PASSES[step], flops(config, shape, words))
-        for i, (who, compiled) in enumerate(names):
-            ratios = [f"{np.median(seconds[:, i] / seconds[:, names.index(other)]):.2f}" if other in names
-                      else "" for other in (("diffusers", False), ("diffusers", True))]
-            memory = f"{(held[i] + added[i]) / 1e9:.1f}" if device == "cuda" else ""
-            rows.append([step, who + ", compiled" * compiled, f"{median[i]:.3f}", memory,
-                         f"{seen / median[i]:,.0f}", f"{work / median[i]:.3g}",
-                         f"{work / median[i] / matmul:.0%}", *ratios])
-        head = "step,model,s,GB,tokens/s,TFLOP/s,of matmul,time / diffusers,time / compiled diffusers"
-        print("", data.markdown(head.split(","), rows), sep="\n", flush=True)
-        print(f"\nA matmul of {n} x {n}, which took turns with them, ran at {matmul:.3g} TFLOP/s.")
-        for (who, compiled), run in zip(names, runs):
-            if args.profile and not compiled:
-                with torch.profiler.profile() as profiler:
-                    run()
-                spent = f"self_{'device' if device == 'cuda' else 'cpu'}_time_total"
-                print(f"\n{who}:", profiler.key_averages().table(spent, row_limit=8), sep="\n")
-        del runs
-        torch.compiler.reset()
-        if step == "dpo" and peft:
-            print_kept(args, weights, config, batch)
-    bench_data(args, device)
+    """Print a table of each step."""
+    args.preset = args.preset or "small"
+    for step in PASSES:
+        show(f"{step}: {args.preset}, {args.dtype}, torch {torch.__version__}", measure(args, step))
 
-def print_kept(args, weights, config, batch):
-    """Print what an eager DPO step of each keeps for its backward pass."""
-    most = {}
-    for who in ("ours", "ours, decoupled", "diffusers"):
-        m, run, _ = contender(args, "dpo", who, False, weights, config, batch)
-        most[who] = kept_for_backward(m, run)[1]
-        del m, run
-    print("\nKept for the backward pass of a DPO step, eager: " + ", ".join(
-        f"{who} {x / 1e6:.0f} MB ({x / most['diffusers']:.2f} of diffusers with peft)"
-        for who, x in most.items()))
+def command(*words):
+    """The row of a Python command: its seconds and status, and the last lines that it said, also printed."""
+    tic = time.time()
+    end = subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, text=True, timeout=200)
+    said = (end.stdout + end.stderr * bool(end.returncode)).splitlines()[-15:]
+    print("", *said, sep="\n")
+    return [{"s": round(time.time() - tic, 1), "status": str(end.returncode), "said": said}]
 
-def bench_data(args, device):
-    """Print how fast pairs of Shapes world are drawn and judged, and videos are decoded and encoded."""
-    def rate(function, n=1):
-        return n / np.median(take_turns([function], 3, device)[0])
-    print(f"\nShapes world: {rate(lambda: data.toy_pairs(64, 'train', 0), 64):.0f} pairs/s.", end="")
-    if args.preset != "toy":
-        with tempfile.TemporaryDirectory() as folder:
-            noise = torch.rand(3, 6, *args.size).mul(2).sub(1).repeat_interleave(-(-args.frames // 6), 1)
-            data.write_video(f"{folder}/a.mp4", noise, data.WAN_FPS)
-            clip = data.read_clip(f"{folder}/a.mp4", args.frames, args.size)
-            decode = rate(lambda: data.read_clip(f"{folder}/a.mp4", args.frames, args.size))
-        vae = diffusers.AutoencoderKLWan().to(device).eval().requires_grad_(False)  # of Wan 2.1's size
-        encode = rate(lambda: vae.encode(clip[None].to(device)))
-        print(f" Videos of {args.frames} frames: {decode:.2f}/s decoded and scaled, "
-              f"{encode:.3f}/s through the autoencoder.", end="")
-    print()
+def autoencoder(preset):
+    """The row of one video through Wan's autoencoder at random weights, in fp32."""
+    frames, *size = SHAPES[preset][1:]
+    vae = diffusers.AutoencoderKLWan(base_dim=8 if preset == "tiny" else 96).cuda().requires_grad_(False)
+    video = torch.rand(1, 3, frames, *size, device="cuda")
+    z = vae.encode(video).latent_dist.mode()                                    # which warms up
+    encode, decode = timed(lambda: vae.encode(video))[0], timed(lambda: vae.decode(z))[0]
+    return [{"encode, s": round(encode, 3), "decode, s": round(decode, 3)}]
+
+def gpu(args):
+    """Print each part, or its error, and keep it in gpu.json. A preset is the shape of all: a rehearsal."""
+    if not torch.cuda.is_available():
+        raise UserError("--gpu needs a GPU, and PyTorch sees none")
+    def steps(name, step, rounds, **settings):
+        return partial(measure, Bench(args.preset or name, "bf16", True, rounds), step, **settings)
+    driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
+    found = {"machine": [{"GPU": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
+                          "cuDNN": torch.backends.cudnn.version(), "diffusers": diffusers.__version__}]}
+    show("machine", found["machine"])
+    folder, start, eager = tempfile.mkdtemp(), time.time(), dict(whose=["ours"], modes=["eager"])
+    paths = f"--cache {folder} --out {folder}/run".split()
+    short = "--n_pairs 24 --steps 2 --eval_n 4 --eval_steps 2".split() if args.preset else []
+    parts = [
+        ("attention as PyTorch chooses", 20, steps("wan-1.3b", "sft", 3, **eager)),
+        ("attention without cuDNN's", 20, steps("wan-1.3b", "sft", 3, cudnn=False, **eager)),
+        ("it works", 150, partial(command, "-m", "pytest", "test_all.py", "-q", "-k", "test_a_gpu", "-rpfE")),
+        *[(f"{name}, {step}", 120, steps(name, step, rounds)) for name, rounds in (
+            ("wan-1.3b", 3), ("wan-1.3b-81", 1)) for step in ("dpo", "sft", "forward")],
+        *[(f"wan-14b, dpo, {who}", 90, steps("wan-14b", "dpo", 1, whose=[who], modes=["compiled"]))
+          for who in ("ours", "ours, decoupled")],
+        ("autoencoder", 60, partial(autoencoder, args.preset or "wan-1.3b-81")),
+        ("main job", 60, partial(command, "train_align.py", *paths, *short))]
+    for name, seconds, part in parts:
+        try:
+            if time.time() - start + seconds > 60 * args.minutes:
+                raise UserError("not begun, as too few minutes are left")
+            found[name] = part()
+        except Exception as e:
+            found[name] = [{"error": f"{type(e).__name__}: {str(e)[:300]}"}]
+        show(name, found[name])
+        data.write_json("gpu.json", found)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 if __name__ == "__main__":
-    if "--bench" in sys.argv:
-        words = [word for word in sys.argv[1:] if word != "--bench"]
-        raise SystemExit(bench(data.parse_args(Bench, Bench.__doc__, words)))
+    if sys.argv[1:2] in (["--bench"], ["--gpu"]):
+        raise SystemExit(data.launch(bench if sys.argv.pop(1) == "--bench" else gpu, Bench, Bench.__doc__))
     raise SystemExit(pytest.main([__file__, "-q"]))
