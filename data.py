@@ -2,7 +2,6 @@
 
     python data.py                      shapes.webp: good and bad videos of Shapes world, with oracle scores
     python data.py label pairs.csv      a page on which a person says which of two videos is better
-    python data.py label runs/a runs/b  the same of two folders, file by file of equal name
 
 Shapes world is a world small enough for two CPU cores in which the true quality of a video is known exactly:
 one soft-edged shape on a dark ground, 6 colours x 3 shapes x 4 directions, twelve renderers with different
@@ -11,11 +10,11 @@ alone. Pixels are (B, 3, T, H, W) in [-1, 1]; files hold uint8 (T, H, W, 3).
 """
 import argparse
 import csv
-import difflib
 import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -26,10 +25,9 @@ import sys
 import threading
 import time
 import typing
-import unicodedata
 import uuid
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -57,6 +55,12 @@ def overall(r, dim_w=(1, 1, 1)):
     """
     dim_w = torch.tensor(dim_w, dtype=r.dtype, device=r.device)
     return (r * dim_w).sum(-1) / dim_w.abs().sum()
+
+
+def check_dim_w(dim_w):
+    """UserError where these are no weights of the dimensions."""
+    if len(dim_w) != len(DIMS) or not any(dim_w):
+        raise UserError(f"--dim_w {as_word(dim_w)}: give 3 numbers, not all 0, for {', '.join(DIMS)}")
 
 
 def with_overall(r):
@@ -330,10 +334,9 @@ def normalised(score):
 
 def annotate(score_a, score_b, g, noise=1.0):
     """Human labels (B, 4) for VQ, MQ, TA, Overall: +1 A, 0 same, -1 B, drawn from the oracle's margins by
-    Rao-Kupper.
+    Rao-Kupper; with noise 1, 40 to 60 % are ties.
 
-    score_a, score_b: oracle scores (B, 3); g: generator; noise divides the sharpness. With noise 1, 40 to 60
-    % are ties.
+    score_a, score_b: oracle scores (B, 3); g: generator; noise divides the sharpness.
     """
     d = with_overall(normalised(score_a)) - with_overall(normalised(score_b))
     d = d * torch.tensor(SHARPNESS) / noise
@@ -342,8 +345,8 @@ def annotate(score_a, score_b, g, noise=1.0):
 
 
 def likert(score, g, noise=1.0):
-    """An annotator's 1 to 5 points for oracle scores (..., 3): half a point of noise, or noise times that,
-    then whole points.
+    """An annotator's points for oracle scores (..., 3): 1 to 5 in whole points, with half a point of noise,
+    or noise times that.
     """
     return (1 + 4 * score + 0.5 * noise * torch.randn(score.shape, generator=g)).round().clamp(1, 5)
 
@@ -364,10 +367,6 @@ class Pairs:
 
     def __len__(self):
         return len(self.prompts)
-
-    def where(self, rows):
-        """The lines of these rows in their file, for messages."""
-        return [self.lines[i] for i in rows]
 
     def subset(self, rows):
         """The Pairs of these rows."""
@@ -414,139 +413,105 @@ def true_scores(pairs):
 # ---- preference pairs from files ----
 
 # The layouts that are understood: the columns of prompt, A, B, and {dimension: the column that says which one
-# won it}, or a or b where that one always did. Rapidata's hold A's share of the votes.
-LAYOUTS = [
-    ("VideoAlign and VideoGen-RewardBench", "prompt", "path_A", "path_B", {x: x for x in (*DIMS, "Overall")}),
-    ("GenAI-Bench", "prompt", "left_video", "right_video", {"Overall": "vote_type"}),
-    ("VisionRewardDB-Video", "prompt", "video1_path", "video2_path", {"Overall": "standard_answer"}),
-    ("MJ-Bench-Video", "caption", "video_0_path", "video_1_path", {"Overall": "overall_preference"}),
-    ("Rapidata", "prompt", "file_name1", "file_name2", {
-        "Overall": "weighted_results1_Preference", "MQ": "weighted_results1_Coherence",
-        "TA": "weighted_results1_Alignment"}),
-    ("VideoDPO", "frame_caption", "video2", "video1", {"Overall": "b"}),   # numbers of clips in metadata.json
-    ("a winner and a loser", "prompt", "chosen", "rejected", {"Overall": "a"}),
-]
-LABELS = {1.0: ("a", "left", "leftvote", "video1", "video 1 better"),
-          -1.0: ("b", "right", "rightvote", "video2", "video 2 better"),
-          0.0: ("same", "tie", "tievote", "bothbad_vote"), float("nan"): ("", "nan", "none", "invalid")}
-LABELS = {word: label for label, words in LABELS.items() for word in words}
+# won it}; "a" is no column: A always did.
+LAYOUTS = (
+    ("prompt", "path_A", "path_B", {x: x for x in (*DIMS, "Overall")}),     # VideoAlign, VideoGen-RewardBench
+    ("prompt", "left_video", "right_video", {"Overall": "vote_type"}),      # GenAI-Bench
+    ("prompt", "chosen", "rejected", {"Overall": "a"}),
+)
+LABELS = {"a": 1, "leftvote": 1, "b": -1, "rightvote": -1, "same": 0, "tievote": 0, "bothbad_vote": 0,
+          "": math.nan, "nan": math.nan, "none": math.nan, "invalid": math.nan}
 
 
 def read_table(path):
-    """[(line, {column: value})] of a file in UTF-8, whatever its name: JSON, JSON lines, or texts with a
-    separator and a header; a .txt is one prompt a line. A list of texts is a column `prompt`. UserError names
+    """[(line, {column: value})] of a file in UTF-8: a CSV with a header and any separator, a JSON list of
+    rows, or JSON lines; a .txt has one prompt a line. A row that is a text alone is a prompt. UserError names
     a bad row.
     """
     path = Path(path)
-    content = b"PAR1" if path.suffix == ".parquet" else path.read_bytes()
-    if content[:4] == b"PAR1":
-        code = f"import pandas; pandas.read_parquet('{path}').to_csv('{path.with_suffix('.csv')}')"
-        raise UserError(f"{path} is Parquet: with pandas, make it a CSV by python -c {shlex.quote(code)}")
     try:
-        text = content.decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
         lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        first, is_txt = text.strip()[:1], path.suffix.lower() == ".txt"
-        if first in ("[", "{") and (not is_txt or text.strip()[-1] in "]}"):   # a prompt may begin with [
-            if first == "[":
-                table = [*enumerate(json.loads(text), 1)]
-            else:
-                table = [(n, json.loads(line)) for n, line in lines]
-        elif is_txt:
-            table = lines
+        if path.suffix.lower() == ".txt":
+            rows = lines
+        elif text.lstrip()[:1] == "[":
+            rows = [*enumerate(json.loads(text), 1)]
+        elif text.lstrip()[:1] == "{":
+            rows = [(n, json.loads(line)) for n, line in lines]
         else:
             return read_csv(text)
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start}): save it as CSV or JSONL") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start}): save it as CSV or JSON lines") from None
     except (ValueError, RecursionError, csv.Error) as e:
-        raise UserError(f"{path} cannot be read as CSV or JSON: {e}") from None
-    table = [(n, {"prompt": row} if isinstance(row, str) else row) for n, row in table]
-    if not all(isinstance(row, dict) for _, row in table):
+        raise UserError(f"{path} is no CSV, JSON list of rows (not under a key) or JSON lines: {e}") from None
+    rows = [(n, {"prompt": row} if isinstance(row, str) else row) for n, row in rows]
+    if not all(isinstance(row, dict) for _, row in rows):
         raise UserError(f"{path} must hold one JSON object per row, with its columns as keys")
-    return table
+    return rows
 
 
 def read_csv(text):
-    """The rows of read_table of texts with a separator and a header. ValueError names a bad row."""
+    """The rows of read_table of a CSV. ValueError names a bad row."""
+    csv.field_size_limit(2**30)
     separator = max(",;\t|", key=text.partition("\n")[0].count)
-    reader, table = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True), []
+    reader, rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True), []
     for row in reader:
         if None in row or None in row.values():
-            raise ValueError(f"row {reader.line_num} has more or fewer fields than the header: texts that "
-                             f"hold the separator {separator!r} must stand in quotes")
-        table.append((reader.line_num, row))
-    return table
+            raise ValueError(f"row {reader.line_num} has more or fewer fields than the header: texts with "
+                             f"the separator {separator!r} must stand in quotes")
+        rows.append((reader.line_num, row))
+    return rows
 
 
 def text_of(path, line, row, column):
     """The text in a row's column, "" where there is none. UserError where it is something else."""
     value = row.get(column)
-    value = str(value) if type(value) in (int, float) and value == value else value        # but not nan
-    if not isinstance(value, str | None):
+    if value is None or value != value:                                         # JSON's null and NaN
+        return ""
+    value = str(value) if type(value) in (int, float) else value
+    if not isinstance(value, str) or any("\ud800" <= x <= "\udfff" for x in value):     # half an emoji
         raise UserError(f"{path}, row {line}: {column} is {json.dumps(value)[:40]} and must be a text")
-    if any("\ud800" <= x <= "\udfff" for x in value or ""):
-        raise UserError(f"{path}, row {line}: {column} holds half a character, as of an emoji that was cut")
-    return (value or "").strip()
+    return value.strip()
 
 
-def find_video(folder, name):
-    """The file of this name in a folder, or in its videos/, in the spelling of another system; else its plain
-    path.
-    """
-    other = name.replace("\\", "/")
-    spellings = [name, other, unicodedata.normalize("NFC", other), unicodedata.normalize("NFD", other)]
-    paths = [folder / part / spelling for spelling in spellings for part in ("", "videos", "Videos")]
-    return next((path for path in paths if os.path.exists(path)), folder / name)
+def read_pairs(path, skip_bad=False, labelled=True):
+    """Pairs of a file in one of LAYOUTS; video paths are relative to the file, with / or Windows' \\.
 
-
-def read_pairs(path, skip_bad=False):
-    """Pairs of a file in one of LAYOUTS; video paths are relative to the file.
-
-    Labels are A, B or same in any case, or another of LABELS; anything else is unlabelled, and how many are
-    is printed. Numbers are refused: whether 1 and 0, 1 and 2 or 1 and -1 are meant can't be known. MOS_A_VQ
-    .. MOS_B_TA, where they stand, are Likert points from 1 to 5. All rows are checked at once: UserError
-    names a missing column, prompt or, without skip_bad, video.
+    Labels are A, B or same in any case, or another of LABELS; MOS_A_VQ .. MOS_B_TA, where they stand, are
+    Likert points from 1 to 5. UserError names a missing column, and the first row with a missing prompt, a
+    word that is no label or, without skip_bad, a missing video. labelled: whether there must be labels.
     """
     table, folder = read_table(path), Path(path).parent
     if not table:
         raise UserError(f"{path} holds no pairs: give it a header and one row per pair")
     columns = set().union(*(row for _, row in table))
-    labelled = columns | LABELS.keys()
-    fitting = [x for x in LAYOUTS if columns.issuperset(x[1:4]) and labelled.intersection(x[4].values())]
+    fitting = [x for x in LAYOUTS if columns.issuperset(x[:3])
+               and (not labelled or "a" in x[3].values() or columns.intersection(x[3].values()))]
     if not fitting:
-        known = "; ".join(f"{x[0]}: {', '.join([*x[1:4], *x[4].values()])}" for x in LAYOUTS)
-        found = ", ".join(sorted(map(str, columns)))
-        raise UserError(f"{path} has the columns {found}; understood are: {known}")
-    _, prompt, a, b, labels = fitting[0]
-    clips = read_clips(folder) if prompt == "frame_caption" else {}
-
-    prompts, videos, label, mos, odd, bad = [], [], [], [], [], []
+        raise UserError(f"{path} has the columns {', '.join(sorted(map(str, columns)))}: wanted are prompt, "
+                        "chosen, rejected, or path_A, path_B, prompt and one of VQ, MQ, TA, Overall")
+    *names, won = fitting[0]
+    prompts, videos, label, mos = [], [], [], []
     for line, row in table:
-        cell = partial(text_of, path, line, row)
-        prompts.append(cell(prompt))
-        videos.append(tuple(find_video(folder, clips.get(cell(x), cell(x))) for x in (a, b)))
-        bad += [] if prompts[-1] else [f"row {line} has no prompt"]
-        for video in videos[-1]:
-            if not (os.path.isfile(video) or skip_bad):
-                why = "is a folder, a video file is needed" if os.path.isdir(video) else "does not exist"
-                bad.append(f"row {line}: {video} {why}")
-        words = {dim: who_won(cell, column) for dim, column in labels.items()}
-        odd += [word for word in words.values() if word not in LABELS]
-        label.append([LABELS.get(words.get(dim), float("nan")) for dim in (*DIMS, "Overall")])
-        mos.append([[number(cell(f"MOS_{side}_{dim}")) for dim in DIMS] for side in "AB"])
-        off = [x for points in mos[-1] for x in points if x < 1 or x > 5]
-        if off:
-            raise UserError(f"{path}, row {line} gives {off[0]:g} points, and the scale is 1 to 5: map them "
-                            "all, by 1 + 4 x / 100 if they are 0 to 100, or 1 + 4 x / 10 if they are 0 to 10")
-    if bad:
-        more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
-        raise UserError(f"{path}, {bad[0]}{more}: mend the file; paths are relative to its folder")
-    numeric = sorted({word for word in odd if number(word) == number(word)})    # not nan
-    if numeric:
-        raise UserError(f"{path} has the labels {', '.join(numeric[:5])}: write A, B or same, as numbers do "
-                        "not say which one won")
-    if odd:
-        seen = ", ".join(sorted({repr(word) for word in odd})[:5])
-        print(f"{path}: {len(odd)} labels are neither A, B nor same ({seen}): taken as unlabelled")
+        cell, where = partial(text_of, path, line, row), f"{path}, row {line}"
+        prompt, *files = map(cell, names)
+        files = [folder / (x if os.path.isfile(folder / x) else x.replace("\\", "/")) for x in files]
+        words = {dim: column if column == "a" else cell(column).lower() for dim, column in won.items()}
+        points = [[number(cell(f"MOS_{side}_{dim}")) for dim in DIMS] for side in "AB"]
+        missing = [file for file in files if not os.path.isfile(file)]
+        if not prompt:
+            raise UserError(f"{where} has no prompt")
+        if missing and not skip_bad:
+            raise UserError(f"{where}: {missing[0]} is no file; paths are relative to the folder of {path}")
+        for dim, word in words.items():
+            if word not in LABELS:
+                raise UserError(f"{where}: {dim} is {word[:20]!r}: write A, B, same, or nothing")
+        if any(x < 1 or x > 5 for x in chain(*points)):
+            raise UserError(f"{where} has points off the scale of 1 to 5: map 0 to 100 by 1 + 4 x / 100")
+        prompts.append(prompt)
+        videos.append(tuple(files))
+        label.append([LABELS[words.get(dim, "")] for dim in (*DIMS, "Overall")])
+        mos.append(points)
     return Pairs(prompts, videos, torch.tensor(label), torch.tensor(mos), [line for line, _ in table])
 
 
@@ -555,66 +520,26 @@ def number(text):
     try:
         return float(text)
     except ValueError:
-        return float("nan")
-
-
-def who_won(cell, column):
-    """The label in a column of LAYOUTS, in small letters; of votes, who has the larger share."""
-    if column in LABELS:
-        return column
-    if not column.startswith("weighted_results1"):
-        return cell(column).lower()
-    a, b = (number(cell(column.replace("1", side))) for side in "12")
-    if a == b:
-        return "same"
-    return "a" if a > b else "b" if a < b else ""                               # a share may be missing
-
-
-def read_clips(folder):
-    """{number: path} of VideoDPO's clips, from the metadata.json beside its pairs."""
-    rows = read_table(folder / "metadata.json")
-    return {str(n - 1): (row.get("basic") or {}).get("clip_path", "") for n, row in rows}
+        return math.nan
 
 
 def report_pairs(pairs, held_out=()):
-    """Print what a set of pairs is made of: repeated pairs, whether their labels contradict each other, and
-    how many of its prompts are among the held_out ones; ties of each dimension, and how often it agrees with
-    others.
+    """Print what a set of pairs is made of: how many of its prompts are among the held_out ones, how many
+    pairs occur more than once, and the labels and ties of each dimension.
     """
     names = [[v if isinstance(v, Path) else hash(v.numpy().tobytes()) for v in pair] for pair in pairs.videos]
     prompts, videos = set(pairs.prompts), {video for pair in names for video in pair}
     shared = f", {len(prompts & set(held_out))} of which are evaluated on too" if held_out else ""
     print(f"{len(pairs)} pairs of {len(videos)} videos and {len(prompts)} prompts" + shared)
-    report_repeats(pairs, names)
-    columns = (*DIMS, "Overall")
-    for k, name in enumerate(columns):
-        label = pairs.label[:, k][~pairs.label[:, k].isnan()]
-        if not len(label):
-            continue
-        a, b, ties = ((label == x).float().mean() for x in (1, -1, 0))
-        line = f"{name}: {len(label) / len(pairs):.0%} labelled; A {a:.0%}, B {b:.0%}, ties {ties:.0%}"
-        agrees = []
-        for other, column in zip(columns, pairs.label.T):
-            same = (pairs.label[:, k] * column).nan_to_num()                  # +1 where both decide and agree
-            if other != name and same.any():
-                agrees.append(f"{other} {(same > 0).sum() / (same != 0).sum():.0%}")
-        print(line + (f"; where both decide, it agrees with {', '.join(agrees)}" if agrees else ""))
-
-
-def report_repeats(pairs, names):
-    """Print how many of the pairs, of videos with these names, occur again, and what their labels say then.
-    """
-    found = defaultdict(list)
-    for prompt, (a, b), label in zip(pairs.prompts, names, pairs.label.nan_to_num()):
-        turned = b < a
-        found[prompt, min(a, b), max(a, b)].append((turned, -label if turned else label))
-    repeated = [rows for rows in found.values() if len(rows) > 1]
+    times = Counter((prompt, *sorted(pair)) for prompt, pair in zip(pairs.prompts, names))
+    repeated = sum(n > 1 for n in times.values())
     if repeated:
-        both = sum(len({turned for turned, _ in rows}) == 2 for rows in repeated)
-        labels = [torch.stack([label for _, label in rows]) for rows in repeated]
-        opposite = sum(((x == 1).any(0) & (x == -1).any(0)).any().item() for x in labels)
-        print(f"{len(repeated)} pairs occur more than once: {both} in both orders, "
-              f"{opposite} with opposite labels")
+        print(f"{repeated} pairs occur more than once")
+    for name, column in zip((*DIMS, "Overall"), pairs.label.T):
+        label = column[~column.isnan()]
+        if len(label):
+            a, b, ties = ((label == x).float().mean() for x in (1, -1, 0))
+            print(f"{name}: {len(label) / len(pairs):.0%} labelled; A {a:.0%}, B {b:.0%}, ties {ties:.0%}")
 
 
 # ---- video files and pictures ----
@@ -631,28 +556,27 @@ def to_float(video):
 
 @contextmanager
 def open_video(path):
-    """(PyAV's container, its best video stream: not a cover picture, frames per second). UserError names a
-    file that is no video.
+    """(PyAV's container, its best video stream: not a cover picture). UserError names a file that is no
+    video.
     """
     import av
     check_pointer(path)
     try:
         with av.open(os.path.abspath(path)) as container:                 # a name with a colon is no URL then
             stream = container.streams.best("video")
-            fps = float(stream.average_rate or stream.guessed_rate or 0) if stream else 0
-            if not fps > 0:
+            if stream is None or not (stream.average_rate or stream.guessed_rate):
                 raise UserError(f"{path} has no video in it, or no frame rate")
-            yield container, stream, fps
+            yield container, stream
     except (av.FFmpegError, OSError, AttributeError) as e:              # a stream without a codec has no size
         raise UserError(f"{path} cannot be read as a video: {e}") from None
 
 
 def upright(frame, stream):
-    """A decoded frame as players show it, uint8 (H, W, 3): with square pixels, and turned as its file says.
+    """A decoded frame as players show it, uint8 (H, W, 3): with square pixels, and turned as its file
+    says.
     """
     if max(frame.height, frame.width) > 8192:
-        raise UserError(f"{stream.container.name} is {frame.width} x {frame.height}: more than 8192 pixels a "
-                        "side are refused")
+        raise UserError(f"{stream.container.name} is {frame.width} x {frame.height}: more than 8192 a side")
     shape = float(stream.sample_aspect_ratio or 1)
     frame = frame.reformat(width=round(frame.width * shape) if shape > 0 else None, format="rgb24")
     return np.rot90(frame.to_ndarray(), round(frame.rotation / 90)) if frame.rotation else frame.to_ndarray()
@@ -662,49 +586,67 @@ def video_times(path):
     """(times (n,) in seconds at which a video's frames come on screen, from 0; when the last one ends; frames
     per second; height; width). One frame is decoded. UserError names a file that is no video.
     """
-    size = read_video(path, [0])[0].shape[1:3]
-    with open_video(path) as (container, stream, fps):
-        stamps = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        if None in stamps:
-            times = np.arange(len(stamps)) / fps
-        else:
-            times = np.sort(stamps) * float(stream.time_base)
-        times = times - times[0]
-        return times, times[-1] + 1 / fps, fps, *size
+    first, stamps = None, []
+    with open_video(path) as (container, stream):
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                stamps.append(packet.pts)
+            if first is None:
+                first = next((upright(frame, stream) for frame in packet.decode()), None)
+        if first is None:
+            raise UserError(f"{path} is cut short or damaged: no frame can be decoded")
+        fps, n = float(stream.average_rate or stream.guessed_rate), len(stamps)
+        times = np.arange(n) / fps if None in stamps else np.sort(stamps) * float(stream.time_base)
+    times = times - times[0]
+    if n > 1 and abs(times[-1] * fps - (n - 1)) > 1:                            # the file tells another rate
+        fps = (n - 1) / times[-1]
+    return times, times[-1] + 1 / fps, fps, *first.shape[:2]
 
 
 def video_info(path):
-    """(frames, fps, height, width) of a video file, as it is shown. UserError names a file that is no video.
+    """(frames, fps, height, width) of a video file, as it is shown. UserError names a file that is no
+    video.
     """
     times, _, *rest = video_times(path)
     return len(times), *rest
 
 
-def read_video(path, indices=None):
-    """(frames, fps): uint8 (T, H, W, 3), as they are shown, and the frame rate; indices: the frames wanted,
-    ascending (all of them if None).
+def decode(path, indices=None):
+    """Yield the frames of a video file, uint8 (H, W, 3), as they are shown; indices: those that are wanted,
+    ascending (all of them if None). Decoding stops after the last one.
 
-    Decoding stops after the last one wanted. UserError names a file that cannot be read or is too short.
+    UserError names a file that cannot be read, has too few frames or changes its size on the way.
     """
-    wanted, frames = None if indices is None else {int(i) for i in indices}, {}
-    with open_video(path) as (container, stream, fps):
+    import av
+    wanted, n, size = None if indices is None else {int(i) for i in indices}, 0, None
+    with open_video(path) as (container, stream), suppress(av.FFmpegError):
         stream.thread_type = "AUTO"
-        for i, frame in enumerate(container.decode(stream)):
-            if wanted is None or i in wanted:
-                frames[i] = upright(frame, stream)
-            if len(frames) == len(wanted or ()):
-                break
-    missing = sorted((wanted or {0}) - frames.keys())
-    if missing:
-        raise UserError(f"{path} has no frame {missing[0]}")
-    if len({frame.shape for frame in frames.values()}) > 1:
-        raise UserError(f"{path} changes its size on the way")
-    return np.stack([frames[int(i)] for i in (sorted(frames) if indices is None else indices)]), fps
+        for n, frame in enumerate(container.decode(stream), 1):
+            if wanted is None or n - 1 in wanted:
+                frame = upright(frame, stream)
+                if size not in (None, frame.shape):
+                    raise UserError(f"{path} changes its size on the way")
+                size = frame.shape
+                yield frame
+            if wanted is not None and n > max(wanted):
+                return
+        if wanted is None and n:
+            return                                                              # this is its regular end
+    raise UserError(f"{path} is cut short or damaged: {n} of {video_info(path)[0]} frames can be decoded")
+
+
+def read_video(path, indices=None):
+    """(frames, fps): uint8 (T, H, W, 3), as they are shown, and the frame rate; indices: see decode, but one
+    may come twice.
+    """
+    frames = np.stack([*decode(path, indices)])
+    places = slice(None) if indices is None else np.unique(indices, return_inverse=True)[1]
+    return frames[places], video_info(path)[1]
 
 
 def write_video(path, video, fps, zoom=1):
     """Write an mp4 (H.264) from a video (3, T, H, W) in [-1, 1] or uint8 frames (T, H, W, 3), even in H and
-    W.
+    W; it appears whole or not at all.
     """
     import av
     if torch.is_tensor(video):
@@ -713,7 +655,7 @@ def write_video(path, video, fps, zoom=1):
     video = video.repeat(zoom, axis=1).repeat(zoom, axis=2)
     T, H, W, _ = video.shape
     assert H % 2 == 0 and W % 2 == 0, f"H.264 needs even sides, not {H} x {W}"
-    with av.open(str(path), "w", format="mp4") as container:
+    with av.open(f"{path}.tmp", "w", format="mp4") as container:
         options = {"crf": "12", "mbtree": "0"}                        # with mbtree the bytes depend on chance
         stream = container.add_stream("libx264", rate=int(round(fps)), options=options)
         stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
@@ -721,6 +663,7 @@ def write_video(path, video, fps, zoom=1):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    os.replace(f"{path}.tmp", path)
 
 
 def thumbnails(video, height=132, n=16):
@@ -767,7 +710,7 @@ def label_page(path, pairs, sides=("A", "B")):
     def address(file):
         return quote(Path(os.path.relpath(Path(file).resolve(), path.resolve().parent)).as_posix())
     rows = [{"prompt": prompt, "videos": [address(file) for file in videos]} for prompt, *videos in pairs]
-    files = [fingerprint(file) for _, *videos in pairs for file in videos]  # drawn anew, they are judged anew
+    files = [content_hash(file) for _, *videos in pairs for file in videos]  # drawn anew, judged anew
     page = json.dumps({"id": short_hash(rows, files), "sides": sides, "pairs": rows}).replace("<", "\\u003c")
     template = (HERE / "assets" / "label.html").read_text(encoding="utf-8")
     path.write_text(template.replace(">PAIRS<", f">{page}<"), encoding="utf-8")
@@ -781,9 +724,68 @@ def caption_of(score):
 
 def markdown(head, rows):
     """A Markdown table from the cells of its head and of each row."""
-    lines = [head, *rows]
-    text = ["|" + "".join(f" {cell} |" if cell else " |" for cell in cells) for cells in lines]
+    text = ["|" + "".join(f" {cell} |" if cell else " |" for cell in cells) for cells in [head, *rows]]
     return "\n".join([text[0], "|---" * len(head) + "|", *text[1:]])
+
+
+# ---- the cache: tensors that are computed once, each named by what went into it ----
+
+def content_hash(path):
+    """A name for a file's content: a hash of all of it or, above 256 MiB, of its size and of 4,096 pages
+    spread evenly. UserError where it can't be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            size, page = os.fstat(file.fileno()).st_size, 4096
+            if size <= 2**28:
+                return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+            digest = hashlib.sha256(str(size).encode())
+            for place in range(page):
+                file.seek(place * (size - page) // (page - 1))
+                digest.update(file.read(page))
+            return digest.hexdigest()[:32]
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def known_hash(cache, path):
+    """The content_hash of a file. The folder cache knows it by path, size and time of change, so that no
+    video is read through a second time.
+    """
+    try:
+        stat = os.stat(path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+    memory = Path(cache) / f"hash-{short_hash(os.path.realpath(path), stat.st_size, stat.st_mtime_ns)}"
+    if not memory.exists():
+        write_whole(memory, content_hash(path).encode())
+    return memory.read_text()
+
+
+def short_hash(*facts):
+    """A name for some facts that JSON can hold."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def cached_file(cache, kind, *facts):
+    """The file in the folder cache of a tensor of this kind that was made from these facts."""
+    return Path(cache) / f"{kind}-{short_hash(*facts)}.safetensors"
+
+
+def is_cached(file):
+    """Whether the file is there: it appears whole or not at all."""
+    return Path(file).is_file()
+
+
+def save_cached(x, file):
+    """Write one tensor, on whatever device it is."""
+    from safetensors.torch import save
+    write_whole(file, save({"x": x.cpu().contiguous()}))
+
+
+def load_cached(file):
+    """The one tensor of a file of the cache."""
+    return read_tensors(file)[0]["x"]
 
 
 # ---- the two worlds: what differs between Shapes world and Wan, behind one interface ----
@@ -796,20 +798,18 @@ class World:
         """The times that an expert, high or low, is for; of a model without experts all. UserError where an
         expert must be named, or cannot be.
         """
-        if self.boundary and not expert:
-            raise UserError(f"{self.path} has two experts, each with its own run: give --expert high or low")
-        if expert and not self.boundary:
-            raise UserError(f"--expert {expert} is for Wan 2.2 A14B, which has two")
+        if bool(expert) != bool(self.boundary):
+            raise UserError("Wan 2.2 A14B, and it alone, has two experts: give --expert, or leave it out")
         return {None: (0.0, 1.0), "high": (self.boundary, 1.0), "low": (0.0, self.boundary)}[expert]
 
 
 class Shapes(World):
     """Shapes world: its latents are pixels, its text encoder a table of words, and its truth is known."""
     name, fps, zoom, text_len = "shapes", FPS, 8, TEXT_LEN                # zoom: 24 pixels are few to look at
-    judges, recipe = ("shapes",), "shapes"                               # judges: what a reward may read here
+    recipe, reward_inputs = "shapes", ("shapes",)                         # what a reward may read here
     prompts, check_prompts = staticmethod(prompts_of), staticmethod(attributes)   # of a split; refuses others
-    embed, embed_rows, truth = staticmethod(embed_text), staticmethod(embed_text), staticmethod(oracle)
-    pad = staticmethod(torch.stack)
+    embed, embed_rows, oracle = staticmethod(embed_text), staticmethod(embed_text), staticmethod(oracle)
+    pad_text = staticmethod(torch.stack)
 
     @property
     def metadata(self):
@@ -817,18 +817,18 @@ class Shapes(World):
         return {"world": world_hash()}
 
     def read(self, args, labelled=True):
-        """The Pairs of the file args.pairs, or args.n_pairs drawn ones."""
+        """The Pairs of the file args.pairs, or args.n_pairs drawn ones. UserError names a bad row."""
         if not args.pairs:
             return toy_pairs(args.n_pairs, "train", args.seed, labelled=labelled)
         pairs = read_pairs(args.pairs, args.skip_bad)
         self.check_prompts(pairs.prompts)
-        return pairs
+        return without_twins(pairs, content_hash)
 
     def encode(self, pairs, args):
         """The pairs with their videos in memory. UserError names a bad one, unless args.skip_bad."""
         if torch.is_tensor(pairs.videos):
             return pairs
-        pairs, clips = look_into(pairs, args, lambda path: to_uint8(read_shapes(path)))
+        pairs, clips = look_into(pairs, args.skip_bad, lambda path: to_uint8(read_shapes(path)))
         pairs.videos = torch.stack([torch.stack([clips[path] for path in pair]) for pair in pairs.videos])
         return pairs
 
@@ -861,11 +861,11 @@ def read_shapes(path):
     return F.interpolate(x, (SIZE, SIZE), mode="area").transpose(0, 1)
 
 
-def look_into(pairs, args, look, use=lambda path, found: found):
+def look_into(pairs, skip_bad, look, use=lambda path, found: found):
     """(the pairs whose videos can all be used, {video: what use made of what look found in it}).
 
     look runs in a thread, one video ahead of use. Of several ranks each sees its share. UserError names the
-    first bad video by its row; with args.skip_bad such pairs are left out.
+    first bad video by its row; with skip_bad such pairs are left out and counted.
     """
     lines, bad, found = {}, {}, {}
     for line, pair in zip(pairs.lines, pairs.videos):
@@ -876,15 +876,14 @@ def look_into(pairs, args, look, use=lambda path, found: found):
         try:
             found[path] = use(path, future.result())
         except UserError as e:
-            if not args.skip_bad:
-                raise UserError(f"row {lines[path]}: {e}; mend it, or leave such pairs out with "
-                                "--skip_bad") from None
-            bad[path] = e
+            bad[path] = f"row {lines[path]}: {e}"
+            if not skip_bad:
+                raise UserError(f"{bad[path]}; mend it, or leave such pairs out with --skip_bad") from None
     bad, found = merged(bad), merged(found)
     good = [i for i, pair in enumerate(pairs.videos) if not bad.keys() & set(pair)]
     if bad:
-        first = next(iter(bad.values()))
-        print(f"skipped {len(pairs) - len(good)} pairs with {len(bad)} bad videos, such as: {first}")
+        such = next(iter(bad.values()))
+        print(f"skipped {len(pairs) - len(good)} pairs with {len(bad)} bad videos, such as {such}")
     if not good:
         raise UserError("no pair is left: every one has a video that cannot be used")
     return pairs.subset(good), found
@@ -898,6 +897,20 @@ def prefetch(load, items):
             yield future
 
 
+def without_twins(pairs, hash_of):
+    """The pairs but for those of a video with itself or its copy, which say nothing; they are counted."""
+    def twins(a, b):
+        a_size, b_size = (os.path.getsize(x) if os.path.exists(x) else x for x in (a, b))
+        return a == b or a_size == b_size and hash_of(a) == hash_of(b)
+    found = [twins(*pair) for pair in pairs.videos]
+    if any(found):
+        print(f"left out {sum(found)} pairs of a video with itself or its copy, such as row "
+              f"{pairs.lines[found.index(True)]}")
+    if all(found):
+        raise UserError("no pair is left: in each, both sides are the same video")
+    return pairs.subset([i for i, same in enumerate(found) if not same])
+
+
 WAN_FPS, WAN_TEXT_LEN = 16, 512
 
 
@@ -908,7 +921,7 @@ class Wan(World):
     two experts of 2.2 A14B, else None.
     """
     name, zoom, text_len = "wan", 1, WAN_TEXT_LEN
-    judges, metadata, truth = ("wan", "files"), {}, None                        # nobody knows the truth
+    reward_inputs, metadata, oracle = ("wan", "files"), {}, None                # nobody knows the truth
 
     def __init__(self, path, device="cpu"):
         self.path, self.device, self.loaded_vae = path, device, None
@@ -917,17 +930,16 @@ class Wan(World):
         folder = fetch(path, ["model_index.json", *(f"{name}/*.json" for name in names)])
         for name in names[:3]:
             if not (folder / name).is_dir():
-                raise UserError(f"{path} holds no {name}: take a folder or hub repository in diffusers' "
-                                "layout, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+                raise UserError(f"{path} holds no {name}: take a Wan in diffusers' layout, such as "
+                                "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
             for file in (folder / name).iterdir():
                 check_pointer(file)                                             # they are loaded late
-        self.config = read_json(folder / "vae" / "config.json")
+        self.config = read_json(folder / "vae/config.json")
         self.channels = self.config.get("z_dim", 16)
-        index, dit = folder / "model_index.json", folder / "transformer" / "config.json"
-        index = read_json(index) if index.exists() else {}
-        pipeline = index.get("_class_name", "WanPipeline")
-        if pipeline != "WanPipeline":
-            raise UserError(f"{path} is a {pipeline}: only text-to-video is supported, a WanPipeline")
+        index, dit = folder / "model_index.json", folder / "transformer/config.json"
+        index = read_json(index) if index.exists() else {"_class_name": "WanPipeline"}
+        if index.get("_class_name") != "WanPipeline":
+            raise UserError(f"{path} is a {index.get('_class_name')}: only a WanPipeline is supported")
         large = dit.exists() and read_config(read_json(dit), dit).dim == PRESETS["wan-14b"].dim
         self.recipe, self.fps = "wan-14b" if large else "wan", WAN_FPS
         if (index.get("transformer_2") or [None])[0]:
@@ -941,29 +953,38 @@ class Wan(World):
         """The folder of one of the models, downloaded when it is needed."""
         return fetch(self.path, [f"{name}/*"]) / name
 
+    def facts(self, *names):
+        """What encodings by these models depend on: their files, and the device, where sums are rounded."""
+        files = [file for name in names for file in sorted(self.part(name).iterdir()) if file.is_file()]
+        return [self.device, *map(content_hash, files)]
+
     def read(self, args, labelled=True):
-        """The Pairs of the file args.pairs whose videos are good, all looked into before anything is loaded.
-        UserError names a bad one by its row, unless args.skip_bad.
+        """The Pairs of the file args.pairs whose videos are good: those not in the cache are looked into,
+        before anything is loaded. UserError names a bad one by its row, unless args.skip_bad.
         """
         if not args.pairs:
-            raise UserError(f"{args.model} is no toy of Shapes world: --pairs takes a file of pairs, and "
-                            "sample.py --n_per_prompt 4 --reward RUN makes one of its own videos")
-        return self.look_into(read_pairs(args.pairs, args.skip_bad), args)
-
-    def look_into(self, pairs, args):
-        """The pairs whose videos can be opened and are long enough. What was found is remembered."""
-        recall = remembered(Path(args.cache) / "videos.jsonl")
+            raise UserError(f"{args.model} has no pairs of its own: give a file by --pairs, such as "
+                            "sample.py --n_per_prompt 4 --reward RUN writes")
+        hash_of, facts, small = partial(known_hash, args.cache), self.facts("vae"), {}
 
         def look(path):
-            name, seconds = recall(file_key(path), lambda: (fingerprint(path), video_times(path)[1]))
-            check_length(path, seconds, args.frames, self.fps)
-            return name
-        pairs, self.prints = look_into(pairs, args, look)
+            file = cached_file(args.cache, "video", hash_of(path), args.frames, args.size, facts)
+            if not is_cached(file):
+                _, seconds, _, *size = video_times(path)
+                check_length(path, seconds, args.frames, self.fps)
+                small[path] = share_kept(size, args.size) < 2 / 3
+            return file
+        pairs = without_twins(read_pairs(args.pairs, args.skip_bad), hash_of)
+        pairs, files = look_into(pairs, args.skip_bad, look)
+        self.cached |= files
+        small = merged(small)
+        if any(small.values()):
+            print(f"{sum(small.values())} of {len(small)} videos lose more than a third of the picture at "
+                  f"--size {as_word(args.size)}; --size {as_word(args.size[::-1])} may suit them")
         return pairs
 
     def prompts(self, split, n=None):
-        raise UserError("--eval and named splits are of Shapes world: for Wan give --prompts FILE "
-                        "--against base --reward RUN")
+        raise UserError("--eval and splits are of Shapes world: Wan takes --prompts FILE --against base")
 
     def check_prompts(self, prompts):
         """Wan knows every prompt."""
@@ -975,11 +996,11 @@ class Wan(World):
 
     def text(self, pairs, rows):
         """Prompt embeddings (len(rows), 512, text_dim), fp32, from the cache."""
-        return self.pad([load_cached(self.cached[pairs.prompts[i]]) for i in rows])
+        return self.pad_text([load_cached(self.cached[pairs.prompts[i]]) for i in rows])
 
     def embed(self, prompts):
         """Text (n, 512, text_dim) fp32 on the CPU, with zeros after the last token as in official Wan."""
-        return self.pad(self.embed_rows(prompts))
+        return self.pad_text(self.embed_rows(prompts))
 
     @torch.no_grad()
     def embed_rows(self, prompts, batch=8):
@@ -992,19 +1013,24 @@ class Wan(World):
             return
         self.loaded_vae = None
         tokenizer = load_part(AutoTokenizer, self.part("tokenizer"))
+        cleaned = [prompt_clean(prompt) for prompt in prompts]
+        cut = [p for p, ids in zip(prompts, tokenizer(cleaned).input_ids) if len(ids) > WAN_TEXT_LEN]
+        if cut:
+            print(f"{len(cut)} of {len(prompts)} prompts are cut at {WAN_TEXT_LEN} tokens: '{cut[0][:60]}..'")
         dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
         encoder = load_part(UMT5EncoderModel, self.part("text_encoder"), dtype=dtype).to(self.device).eval()
         for i in progress(range(0, len(prompts), batch), "prompts"):
-            words = tokenizer([prompt_clean(p) for p in prompts[i:i + batch]], padding="max_length",
-                              truncation=True, max_length=WAN_TEXT_LEN, return_tensors="pt").to(self.device)
+            words = tokenizer(cleaned[i:i + batch], padding="max_length", truncation=True,
+                              max_length=WAN_TEXT_LEN, return_tensors="pt").to(self.device)
             states = encoder(words.input_ids, words.attention_mask).last_hidden_state.cpu()
             for row, n in zip(states, words.attention_mask.sum(1).tolist()):
                 yield row[:n].clone()
         del encoder
         torch.cuda.empty_cache()
 
-    def pad(self, rows):
-        """Embeddings [(S, text_dim)] as one fp32 tensor (n, 512, text_dim) with zeros after the last token.
+    def pad_text(self, rows):
+        """Embeddings [(S, text_dim)] as one fp32 tensor (n, 512, text_dim) with zeros after the last
+        token.
         """
         return torch.stack([F.pad(row.float(), (0, 0, 0, WAN_TEXT_LEN - len(row))) for row in rows])
 
@@ -1012,10 +1038,10 @@ class Wan(World):
         """(C, T, H, W) of the latents of a video. UserError for frames and sizes that cannot be."""
         time = self.config.get("scale_factor_temporal") or 4
         space = self.config.get("scale_factor_spatial") or 8
-        if frames < 1 or frames % time != 1:
+        if frames % time != 1:
             raise UserError(f"--frames {frames}: Wan's autoencoder takes {time}k + 1 frames, such as 81")
-        if any(x % (2 * space) for x in size):
-            raise UserError(f"--size {size[0]},{size[1]}: give multiples of {2 * space}, such as 480,832")
+        if len(size) != 2 or any(x <= 0 or x % (2 * space) for x in size):
+            raise UserError(f"--size {as_word(size)}: give multiples of {2 * space}, such as 480,832")
         return self.channels, (frames - 1) // time + 1, size[0] // space, size[1] // space
 
     def vae(self):
@@ -1030,7 +1056,8 @@ class Wan(World):
 
     @torch.no_grad()
     def encode_video(self, video):
-        """Latents (B, C, T', H', W') of pixels (B, 3, T, H, W) in [-1, 1]: the posterior's mode, normalised.
+        """Latents (B, C, T', H', W') of pixels (B, 3, T, H, W) in [-1, 1]: the posterior's mode,
+        normalised.
         """
         vae, mean, std = self.vae()
         return (vae.encode(video.to(self.device)).latent_dist.mode() - mean) / std
@@ -1043,23 +1070,18 @@ class Wan(World):
         return torch.cat([vae.decode(x[None] * std + mean).sample.clamp(-1, 1).cpu() for x in latents])
 
     def encode(self, pairs, args):
-        """The pairs whose videos can be decoded; their latents and texts are in the folder args.cache, in
-        bf16.
+        """The pairs that read returned, but for videos that break while they are decoded; their latents and
+        texts are in the folder args.cache, in bf16.
 
         Every distinct video and prompt is encoded once, and what another run left there is used. Each file
         appears whole or not at all, so an interrupted encode goes on where it stopped. Each rank takes its
         share.
         """
-        pairs, cache, prompts = self.look_into(pairs, args), Path(args.cache), sorted(set(pairs.prompts))
-        vae, *encoder = (fingerprints(self.part(name)) for name in ("vae", "text_encoder", "tokenizer"))
-        for path, content in self.prints.items():
-            name = short_hash("on screen", content, args.frames, args.size, vae)
-            self.cached[path] = cache / f"video-{name}.safetensors"
-        for prompt in prompts:
-            self.cached[prompt] = cache / f"text-{short_hash(prompt, encoder)}.safetensors"
-        files = set(self.cached.values())
+        prompts, facts = sorted(set(pairs.prompts)), self.facts("text_encoder", "tokenizer")
+        self.cached |= {prompt: cached_file(args.cache, "text", prompt, facts) for prompt in prompts}
+        files = {self.cached[x] for x in (*prompts, *chain(*pairs.videos))}
         there = sum(map(is_cached, files))
-        print(f"{cache} holds {there} of {len(files)} videos and prompts; the rest is encoded now")
+        print(f"{args.cache} holds {there} of {len(files)} videos and prompts; the rest is encoded now")
         texts = [prompt for prompt in prompts[RANK::RANKS] if not is_cached(self.cached[prompt])]
         for x, prompt in zip(self.embed_rows(texts), texts):                    # to the generator's own end
             save_cached(x.bfloat16(), self.cached[prompt])
@@ -1070,15 +1092,18 @@ class Wan(World):
         def keep(path, clip):
             if clip is not None and not is_cached(self.cached[path]):           # nor a copy of it, meanwhile
                 save_cached(self.encode_video(clip[None])[0].bfloat16(), self.cached[path])
-        pairs, _ = look_into(pairs, args, read, keep)
+        pairs, _ = look_into(pairs, args.skip_bad, read, keep)
         self.loaded_vae = None
         torch.cuda.empty_cache()
         return pairs
 
 
+WanCodec = Wan                                                                # an older name that others call
+
+
 def load_part(cls, folder, **settings):
     """An instance of a class of transformers or diffusers from a folder. UserError where it cannot be, or
-    lacks weights that would be filled with random numbers.
+    where tensors are missing, left over or of another shape.
     """
     is_model = issubclass(cls, torch.nn.Module)
     try:
@@ -1086,13 +1111,12 @@ def load_part(cls, folder, **settings):
     except Exception as e:                                                      # theirs are of every kind
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(f"{folder} cannot be loaded, is its download complete? {why}") from None
-    if is_model and part[1]["missing_keys"]:
-        missing = sorted(part[1]["missing_keys"])
-        raise UserError(f"{folder} lacks {len(missing)} tensors, such as {missing[0]}: download it again")
-    return part[0] if is_model else part
-
-
-WanCodec = Wan                                                                # an older name that others call
+    part, faults = part if is_model else (part, {})
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = sorted(map(str, faults.get(f"{kind}_keys", ())))
+        if names:
+            raise UserError(f"{folder} has {len(names)} {kind} tensors, as {names[0]}: download it again")
+    return part
 
 
 def clip_frames(path, frames, fps=WAN_FPS):
@@ -1106,7 +1130,8 @@ def clip_frames(path, frames, fps=WAN_FPS):
 
 
 def check_length(path, seconds, frames, fps):
-    """UserError names a video that lasts less than (frames - 1) / fps seconds, and the frames that would fit.
+    """UserError names a video that lasts less than (frames - 1) / fps seconds, and the frames that would
+    fit.
     """
     if seconds < (frames - 1) / fps:
         fits = int(seconds * fps) // 4 * 4 + 1
@@ -1114,103 +1139,34 @@ def check_length(path, seconds, frames, fps):
                         f"(--frames {fits} would fit)")
 
 
+def share_kept(size, wanted):
+    """The share of a picture of this size (h, w) that is left when it covers another (H, W) and is
+    cropped.
+    """
+    (h, w), (H, W) = size, wanted
+    return min(h * W, w * H) / max(h * W, w * H)
+
+
 def read_clip(path, frames, size, fps=WAN_FPS):
     """Pixels (3, frames, H, W) in [-1, 1] of a video file: at fps frames per second, scaled to cover
     size = (H, W), centre-cropped. UserError names a file that cannot be used.
     """
     wanted, places = np.unique(clip_frames(path, frames, fps), return_inverse=True)
-    x = torch.from_numpy(read_video(path, wanted)[0][places]).permute(0, 3, 1, 2).float()       # (T, 3, H, W)
+    clip = torch.stack([cover(frame, size) for frame in decode(path, wanted)])  # (T, 3, H, W), one by one
+    return to_float(clip[places]).transpose(0, 1)
+
+
+def cover(frame, size):
+    """A frame, uint8 (h, w, 3), scaled to cover size = (H, W) and cropped around its centre: (3, H, W) from 0
+    to 255, fp32.
+    """
+    x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
     (h, w), (H, W) = x.shape[2:], size
     scale = max(H / h, W / w)
     h, w = max(H, round(h * scale)), max(W, round(w * scale))
-    x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 255)
     top, left = (h - H) // 2, (w - W) // 2
-    return to_float(x[:, :, top:top + H, left:left + W]).transpose(0, 1)
-
-
-def load_cached(file):
-    """The one tensor of a file of the cache. UserError names a file whose bytes have changed since."""
-    tensors, metadata = read_tensors(file)
-    if metadata.get("sha256", "") not in ("", sha256(tensors["x"])):
-        raise UserError(f"{file} is damaged: delete it, and the same command with --resume makes it again")
-    return tensors["x"]
-
-
-def is_cached(file):
-    """Whether the file is there and whole: safetensors' header knows how long it must be."""
-    try:
-        return bool(read_tensors(file, metadata_only=True))
-    except UserError:
-        return False
-
-
-def save_cached(x, file):
-    """Write one tensor."""
-    from safetensors.torch import save
-    x = x.contiguous()
-    write_whole(file, save({"x": x}, {"sha256": sha256(x)}))
-
-
-def sha256(x):
-    """The SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(x.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def short_hash(*facts):
-    """A name for some facts that JSON can hold."""
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-
-
-def fingerprint(path):
-    """A name for a file's content: of its size and its first and last 1 MiB. UserError where it can't be
-    read.
-    """
-    try:
-        with open(path, "rb") as file:
-            ends, size = file.read(2**20), file.seek(0, os.SEEK_END)
-            file.seek(max(size - 2**20, 0))
-            ends += file.read()
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}") from None
-    return hashlib.sha256(ends + str(size).encode()).hexdigest()[:32]
-
-
-def fingerprints(folder):
-    """The fingerprints of the files in a folder."""
-    return [fingerprint(file) for file in sorted(folder.iterdir()) if file.is_file()]
-
-
-def file_key(path):
-    """(path, size, time of change) of a file, by which what was found out about it is remembered."""
-    try:
-        stat = os.stat(path)
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}") from None
-    return str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns
-
-
-def remembered(file):
-    """A function of a key, a tuple that JSON can hold, and of compute: the value of compute(), which is at
-    once added to the file, a line of JSON, and never computed again for this key: an interrupted run goes on
-    where it stopped.
-    """
-    known, text = {}, file.read_text(encoding="utf-8") if file.exists() else ""
-    if text and not text.endswith("\n"):                                   # cut short by an interruption
-        with open(file, "a", encoding="utf-8") as lines:
-            lines.write("\n")
-    for line in text.splitlines():
-        with suppress(ValueError):                                              # of the line that was cut
-            key, value = json.loads(line)
-            known[tuple(key)] = value
-
-    def recall(key, compute):
-        if key not in known:
-            known[key] = compute()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "a", encoding="utf-8") as lines:
-                lines.write(f"{json.dumps([key, known[key]])}\n")
-        return known[key]
-    return recall
+    x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 255)
+    return x[0, :, top:top + H, left:left + W]
 
 
 # ---- where a model comes from ----
@@ -1237,8 +1193,8 @@ def lineage(path, base=None):
         raise UserError(f"{path} started from {start}: {e}; if it moved, say where with --model") from None
 
 
-def whole_of(folders):
-    """The first of a lineage that has whole weights, not adapters."""
+def whole_weights(folders):
+    """The first folder of a lineage that has whole weights, not adapters."""
     return next(folder for folder in folders if not (Path(folder) / "lora.safetensors").exists())
 
 
@@ -1249,28 +1205,31 @@ def run_args(path):
     return args if isinstance(args, dict) else {}
 
 
-def weights_file(folder):
-    """The file with a toy's whole weights; it does not exist of Wan in several files or on the hub."""
-    return Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors"
-
-
 def metadata_of(file):
     """The metadata of a safetensors file, {} where it does not exist."""
     return read_tensors(file, metadata_only=True)[1] if file.exists() else {}
 
 
-def start_of(folder):
-    """A short hash of the whole weights in a folder, by which adapters trained on them know them again; "" of
-    Wan in several files or on the hub.
+def toy_weights(folder):
+    """The file with a toy's whole weights; it does not exist of Wan in several files or on the hub."""
+    return Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors"
+
+
+def weights_hash(path):
+    """A hash of a file, or of the weights in a folder, by which adapters know the model that they were
+    trained on again; of a hub repository its name.
     """
-    file = weights_file(folder)
-    return fingerprint(file) if file.exists() else ""
+    place = Path(path) if Path(path).exists() else HERE / path
+    kinds = "lora.*", "reward.*", "transformer*/*", "checkpoint-*/*"
+    files = [place] if place.is_file() else [file for kind in kinds for file in sorted(place.glob(kind)) if
+                                             file.suffix in (".safetensors", ".pth")]
+    return short_hash(*map(content_hash, files)) if files else str(path)
 
 
 def world_of(path, device="cpu", base=None):
     """The world of the model at path, which its pretrained weights tell; base: see lineage."""
     root = lineage(path, base)[-1]
-    return Shapes() if "world" in metadata_of(weights_file(root)) else Wan(root, device)
+    return Shapes() if "world" in metadata_of(toy_weights(root)) else Wan(root, device)
 
 
 # ---- runs: several processes, started by torchrun; alone, all of this changes nothing ----
@@ -1283,6 +1242,8 @@ def start_ranks():
     if RANKS == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
+        if torch.cuda.device_count() <= int(os.environ["LOCAL_RANK"]):
+            raise UserError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs, one for each process")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
     if RANK:
@@ -1346,19 +1307,23 @@ def shard(model):
 
 
 def micro_batches(rows, accumulate):
-    """[(rows, their noise_samples)] of the micro-batches that go through the model in turn: this rank's share
-    of the rows (n,) of a step.
+    """[(rows, samples)] of the micro-batches that go through the model in turn: this rank's share of the rows (n,)
+    of a step, and their samples for draw_noise: the k-th repetition of a row is (row, k), which has noise of its
+    own.
     """
-    n, samples = len(rows), noise_samples(rows)
-    batches = torch.arange(n)[RANK::RANKS].split(-(-n // accumulate))
-    return [(rows[places], [samples[i] for i in places]) for places in batches]
+    times, samples = Counter(), []
+    for row in rows.tolist():
+        samples.append((row, times[row]) if times[row] else row)
+        times[row] += 1
+    places = torch.arange(len(rows))[RANK::RANKS].split(-(-len(rows) // accumulate))
+    return [(rows[own], [samples[i] for i in own]) for own in places]
 
 
 # ---- runs: randomness ----
 
 def rng(*key):
     """A torch.Generator that is a function of its key, such as ("noise", seed, step, sample)."""
-    key = [zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key]
+    key = [zlib.crc32(k.encode()) if isinstance(k, str) else k % 2**64 for k in key]        # a seed may be -1
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]))
 
 
@@ -1387,17 +1352,6 @@ def step_rows(n, batch, seed, step):
     return torch.stack([orders[p // n][p % n] for p in places.tolist()])
 
 
-def noise_samples(rows):
-    """The rows of a step as draw_noise takes them: the k-th repetition of a row is (row, k), so that it has
-    noise of its own.
-    """
-    count, samples = Counter(), []
-    for row in rows.tolist():
-        samples.append((row, count[row]) if count[row] else row)
-        count[row] += 1
-    return samples
-
-
 def learning_rate_scale(step, steps, warmup, decay=0.0):
     """The share of the peak learning rate at a step: a linear rise over the first warmup steps, a linear fall
     to 0 over the last share decay of them all.
@@ -1411,47 +1365,36 @@ def learning_rate_scale(step, steps, warmup, decay=0.0):
 
 class Count(int):
     """A flag that counts something: a whole number above 0."""
-    least = 1
 
     def __new__(cls, text):
-        if not str(text).isdecimal() or int(text) < cls.least:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number, {cls.least} or more")
+        if not str(text).isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number, 1 or more")
         return super().__new__(cls, text)
 
 
-class Seed(Count):
-    """A seed: a whole number, 0 or more."""
-    least = 0
-
-
-class Size(tuple):
-    """Height and width in pixels, such as 480,832."""
+class Numbers(tuple):
+    """A flag of several numbers, such as 480,832 or 0.5,0.5,0."""
 
     def __new__(cls, text):
-        if not re.fullmatch(r"[1-9]\d*,[1-9]\d*", text):
-            raise argparse.ArgumentTypeError(f"{text} is not height,width in pixels, such as 480,832")
-        return super().__new__(cls, map(int, text.split(",")))
-
-
-class Weights(tuple):
-    """The weights of VQ, MQ, TA, not all 0, such as 0.5,0.5,0."""
-
-    def __new__(cls, text):
-        numbers = [float(x) for x in text.split(",")]
-        if len(numbers) != len(DIMS) or not any(numbers):
-            raise argparse.ArgumentTypeError(f"{text} is not 3 numbers, not all 0, for {', '.join(DIMS)}; "
-                                             "such as 0.5,0.5,0")
-        return super().__new__(cls, numbers)
+        try:
+            return super().__new__(cls, [float(x) if "." in x else int(x) for x in text.split(",")])
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text} is not numbers with commas, such as 480,832") from None
 
 
 def recipes(names, rows):
-    """{flag: {name: value}} of a table {flag: a value for each of the names}: what flags that are unset fall
-    to.
-    """
-    return {flag: dict(zip(names, row)) for flag, row in rows.items()}
+    """{name: {flag: value}}, what flags that are unset fall to, of a table {flag: a value for each name}."""
+    return {name: {flag: row[k] for flag, row in rows.items()} for k, name in enumerate(names)}
 
 
-def parse_args(cls, doc, argv=None, recipe={}):
+def fill_unset(args, values):
+    """Set the flags of args that are unset to these values {flag: value}."""
+    for flag, value in values.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+
+
+def parse_args(cls, doc, argv=None):
     """An instance of the dataclass cls from the command line. Annotations give the types, trailing comments
     the help.
 
@@ -1466,58 +1409,28 @@ def parse_args(cls, doc, argv=None, recipe={}):
         kind, note = hints[f.name], notes.get(f.name, "").replace("%", "%%")
         if type(None) in typing.get_args(kind):
             kind = typing.get_args(kind)[0]                                     # X of `X | None`
-        known = [] if f.default in (None, (), "") else [as_word(f.default)]
-        known += [f"{name} {as_word(x)}" for name, x in recipe.get(f.name, {}).items() if x is not None]
-        options = dict(default=f.default, help=f"{note} [{', '.join(known)}]" if known else note)
+        usual = "" if f.default in (None, (), "") else f" [{as_word(f.default)}]"
+        options = dict(default=f.default, help=note + usual)
         if typing.get_origin(kind) is typing.Literal:
             options |= dict(choices=typing.get_args(kind))
         elif kind is bool:
             options |= dict(action=argparse.BooleanOptionalAction)
-        elif kind is list:
-            options |= dict(nargs="+", metavar=f.name.upper())
         else:
-            options |= dict(type=kind, metavar=kind.__name__.upper())
+            options |= dict(nargs="+") if kind is list else dict(type=kind)
+            options |= dict(metavar=kind.__name__.upper())
         parser.add_argument(f"--{f.name}", **options)
     try:
         args, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as e:
         raise UserError(f"{e} (--help lists every flag)") from None
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(cls)], 1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        raise UserError(f"unknown argument {unknown[0]}{hint} (--help lists every flag)")
+        raise UserError(f"unknown argument {unknown[0]} (--help lists every flag)")
     return cls(**vars(args))
 
 
 def as_word(value):
     """A flag's value as it is typed."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def fill(args, values):
-    """Set the flags of args that are unset to these values {flag: value}."""
-    for flag, value in values.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
-
-
-def launch(main, cls, doc, argv=None, recipe={}):
-    """Run main with the arguments of the command line. What the user can mend, and a file or disk that fails,
-    ends in one line and exit status 2; of several processes the one at fault says it, and torchrun ends the
-    rest, which may be waiting for it.
-    """
-    for stream in (sys.stdout, sys.stderr):                         # a name that it can't print stops nothing
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        result = main(parse_args(cls, doc, argv, recipe))
-    except (UserError, OSError) as e:
-        rank = f" rank {RANK}:" if RANKS > 1 else ""
-        print(f"error:{rank}", *str(e).splitlines(), file=sys.stderr)
-        raise SystemExit(2) from None
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return result
 
 
 def command(args):
@@ -1531,20 +1444,27 @@ def command(args):
     return shlex.join(words)
 
 
-def check_out(out, *models, base=None, inputs=()):
-    """Refuse an --out that cannot become a folder, that is one of these models or what it started from, or
-    that holds one of the inputs.
+def launch(main, cls, doc, argv=None):
+    """Run main with the arguments of the command line. What the user can mend, a file or disk that fails, and
+    memory that runs out end in one line and exit status 2; of several processes the one at fault says it, and
+    torchrun ends the rest, which may be waiting for it.
     """
-    parent = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        why = "read-only" if parent.is_dir() else "a file"
-        raise UserError(f"--out {out} cannot be written ({parent} is {why}): name another folder")
-    for path in filter(None, inputs):
-        if Path(out).resolve() in (Path(path).resolve(), Path(path).resolve().parent):
-            raise UserError(f"--out {out} holds {path}, which is read: name another folder")
-    for folder in [folder for model in models for folder in lineage(model, base)]:
-        if Path(out).resolve() == Path(folder).resolve():
-            raise UserError(f"--out {out} is the model itself or what it started from: name another folder")
+    for stream in (sys.stdout, sys.stderr):                         # a name that it can't print stops nothing
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        result = main(parse_args(cls, doc, argv))
+    except (UserError, OSError, torch.OutOfMemoryError) as e:
+        rank, why = f" rank {RANK}:" if RANKS > 1 else "", str(e).splitlines()
+        if isinstance(e, torch.OutOfMemoryError):
+            savers = "accumulate", "decoupled", "shard", "batch", "frames", "size", "dtype"
+            flags = [f"--{f.name}" for f in fields(cls) if f.name in savers]
+            why = [f"out of memory: {', '.join(flags)} decide how much is needed. {why[0]}"]
+        print(f"error:{rank}", *why, file=sys.stderr)
+        raise SystemExit(2) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return result
 
 
 # ---- runs: folder, log, states ----
@@ -1552,6 +1472,7 @@ def check_out(out, *models, base=None, inputs=()):
 def write_whole(path, content):
     """Write bytes, to a name that no other writer has and then renamed: no reader meets half a file."""
     temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
@@ -1567,69 +1488,64 @@ def read_log(folder):
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
 
 
-def content_hash(path):
-    """The first 16 digits of a file's SHA-256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+# Flags that name files: a run is the same if they hold the same. And flags that can't change what it ends in.
+PATHS = {"model", "ckpt", "against", "lora", "pairs", "prompts", "reward", "nrg", "template"}
+FREE = {"out", "resume", "cache", "save_every", "accumulate", "decoupled"}
 
 
-def contents(args):
-    """{flag: a hash} of what the flags name here: the weights in a folder, or a file; and "start", see
-    start_of.
+def facts_of(args):
+    """What a run depends on, {flag: its value or, of files, hashes of what they hold}; "start": that of the
+    whole weights below the model's adapters.
     """
-    found = {}
-    for flag in ("model", "ckpt", "against", "lora", "pairs", "reward", "nrg", "eval"):
-        paths, files = getattr(args, flag, None) or [], []
-        for path in [paths] if isinstance(paths, str) else paths if isinstance(paths, list) else []:
-            place = Path(path) if Path(path).exists() else HERE / path
-            weights = [*place.glob("*.safetensors"), *place.glob("transformer/*.safetensors")]
-            files += [place] if place.is_file() else sorted(weights)
-        if files:
-            found[flag] = short_hash(*(fingerprint(file) for file in files))
-    if getattr(args, "loss", "") != "pretrain" and "model" in found and not getattr(args, "ckpt", ""):
-        found["start"] = start_of(whole_of(lineage(args.model)))
-    return found
+    facts = {flag: value for flag, value in vars(args).items() if flag not in FREE}
+    for flag in facts.keys() & PATHS:
+        paths = facts[flag] or []
+        facts[flag] = [weights_hash(path) for path in (paths if isinstance(paths, list) else [paths])]
+    if facts.get("loss", "pretrain") != "pretrain" and facts.get("labels"):
+        facts["start"] = weights_hash(whole_weights(lineage(args.model)))
+    return facts
+
+
+def free_folder(name):
+    """The first of name, name-2, name-3, .. that does not exist."""
+    return next(path for path in chain([name], (f"{name}-{n}" for n in count(2))) if not Path(path).exists())
 
 
 @on_rank_0
 def make_folder(args, device, longer):
-    """Make the folder args.out and its config.json; returns whether an earlier run there is to go on, and
-    contents.
+    """Make the folder args.out and its config.json; returns whether an earlier run there goes on, and
+    facts_of it.
 
-    With args.resume it must have had the same arguments, with longer but for more steps, and what they name
-    must not have changed; without, it is renamed and kept.
+    UserError where the folder exists and args.resume is not set, where it is of another run (with longer it
+    may have had fewer steps), or where the cache can't be made.
     """
-    folder, now = Path(args.out), {"args": vars(args), "contents": contents(args)}
-    file, going_on = folder / "config.json", False
-    if getattr(args, "resume", False) and file.exists():
-        own, before = read_json(file).get("contents", {}), run_args(folder)
-        free = {"resume", "steps"} if longer else {"resume"}
-        other = [f"--{k} was {before.get(k)}, not {v}" for k, v in json.loads(json.dumps(vars(args))).items()
-                 if k not in free and before.get(k) != v]
-        if other:
-            raise UserError(f"--resume: {folder} was made by another command ({'; '.join(other[:3])}): give "
-                            "the same arguments")
-        for flag, value in now["contents"].items():
-            if own.get(flag, value) != value:
-                raise UserError(f"--resume: {getattr(args, flag, args.model)} has changed since {folder} "
-                                "began: bring it back, or start anew")
-        going_on = True
-    if file.exists() and not going_on:
-        n = next(n for n in count(1) if not Path(f"{folder}.{n}").exists())
-        folder.rename(f"{folder}.{n}")
-        print(f"{folder} held an earlier run: it is now {folder}.{n}")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, facts = Path(args.out), json.loads(json.dumps(facts_of(args)))
+    try:
+        Path(getattr(args, "cache", ".")).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--cache {args.cache} cannot be made ({e.strerror}): name another folder") from None
+    going_on = getattr(args, "resume", False) and folder.exists()
+    if going_on:
+        before = read_json(folder / "config.json")
+        for flag, value in facts.items():
+            grows = longer and flag == "steps" and (value or 0) >= (before["facts"]["steps"] or 0)
+            if before.get("facts", {}).get(flag) != value and not grows:
+                raise UserError(f"--resume: --{flag} {vars(args).get(flag, args.model)} is not what {folder} "
+                                f"began with, {before['args'].get(flag)}: bring that back")
+    elif folder.exists():
+        raise UserError(f"{folder} exists: --resume goes on with it, or give another --out")
+    folder.mkdir(parents=True, exist_ok=going_on)
     git = ["git", "-C", HERE, "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
-    write_json(file, {
-        "command": command(args), **now, "commit": commit.strip(), "world": world_hash(),
-        "torch": torch.__version__, "python": sys.version.split()[0], "device": str(device),
-        "threads": torch.get_num_threads()})
-    return going_on, now["contents"]
+    write_json(folder / "config.json", {
+        "command": command(args), "args": vars(args), "facts": facts, "commit": commit.strip(),
+        "world": world_hash(), "torch": torch.__version__, "python": sys.version.split()[0],
+        "device": str(device), "threads": torch.get_num_threads()})
+    return going_on, facts
 
 
 class Run:
-    """A run's folder and its step clock.
+    """A run's folder and its step clock. As a context it removes the folder again if nothing was kept in it.
 
     folder: where it is. events: what its log.jsonl holds. seen: what `see` was told of each step since the
     last log, a list of (B, columns), in the order of the step's rows; names: the columns. bar: its progress
@@ -1638,59 +1554,57 @@ class Run:
 
     def __init__(self, args, device="cpu", longer=False):
         self.folder, self.args = Path(args.out), args
-        self.going_on, self.contents = make_folder(args, device, longer)
+        self.going_on, self.facts = make_folder(args, device, longer)
         self.events, self.seen, self.now, self.names, self.started = [], [], [], (), time.time()
 
-    def steps(self, total, **state):
-        """The numbers of the steps that are left to do. Between them the state {name: module, optimizer of
-        the module named model, list or None} is saved, every args.save_every steps and when Ctrl-C asks to
-        stop.
-        """
-        self.state = {name: x for name, x in (state | {"seen": self.seen}).items() if x is not None}
-        first = self.load() if self.going_on else 0
-        asked, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    def __enter__(self):
+        return self
 
-        def ask(*_):
-            asked.set()
-            signal.signal(signal.SIGINT, before)
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-        signal.signal(signal.SIGINT, ask)
-        try:
-            self.bar = progress(range(first, total), self.folder.name, initial=first, total=total, leave=True,
-                                disable=RANK > 0)
+    def __exit__(self, *_):
+        if RANK == 0 and os.listdir(self.folder) == ["config.json"]:
+            shutil.rmtree(self.folder)
+
+    def steps(self, total, model, optimizers, **lists):
+        """The numbers of the steps that are left to do. Between them the state of the model, its optimizers
+        and the lists is saved: every args.save_every steps, every 20 minutes, and when Ctrl-C or SIGTERM asks
+        to stop.
+        """
+        self.state = model, optimizers, lists | {"seen": self.seen}
+        first, saved = self.load() if self.going_on else 0, time.time()
+        self.bar = progress(range(first, total), self.folder.name, initial=first, total=total, leave=True,
+                            disable=RANK > 0)
+        with stop_signals() as asked:
             for self.step in self.bar:
                 yield self.step
-                done, stop = self.step + 1, any(all_gather(asked.is_set()))     # it reaches each rank in time
-                if stop or done == total or done % self.args.save_every == 0:
+                done = self.step + 1
+                due = done == total or done % self.args.save_every == 0 or time.time() - saved > 20 * 60
+                stop, due = map(any, zip(*all_gather((asked.is_set(), due))))   # it reaches each rank in time
+                if stop or due:
                     self.save(done)
+                    saved = time.time()
                 if done < total and stop:
                     self.bar.close()
                     raise UserError(f"stopped after step {done}: the same command with --resume goes on")
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     def see(self, **columns):
         """Keep values of this step's micro-batch, each (b,), one a sample."""
         self.names = tuple(columns)
         self.now.append(torch.stack(list(columns.values()), dim=1).detach())
 
-    def check(self, rows, grad_norm, **facts):
+    def check_finite(self, rows, grad_norm):
         """Put together what all ranks saw of this step. If it or the gradient is not finite, stop before a
-        weight moves, and write the facts, with the rows' names, to broken.json.
+        weight moves; rows: where the step's samples stand in their file, for the message.
         """
-        values = torch.tensor(gather_rows(torch.cat(self.now).tolist()))
-        self.now = []
-        if values.isfinite().all() and grad_norm.isfinite():
+        values, self.now = torch.tensor(gather_rows(torch.cat(self.now).tolist())), []
+        finite = values.isfinite().all(1)
+        if finite.all() and grad_norm.isfinite():
             self.seen.append(values)
             return
         self.save(self.step)
-        facts = {"step": self.step + 1, "grad_norm": grad_norm.item(), "rows": rows,
-                 **dict(zip(self.names, values.T.tolist())), **facts}
-        file, facts = self.folder / "broken.json", json.loads(json.dumps(facts), parse_constant=str)
-        on_rank_0(write_json)(file, facts)                                   # JSON has no nan: they are words
         self.bar.close()
-        raise UserError(f"step {facts['step']}: loss or gradient is not finite; {file} has its rows, t and "
-                        "losses, and --resume repeats it: look at those, or start again with a lower --lr")
+        bad = [row for row, fine in zip(rows, finite) if not fine] if len(rows) == len(finite) else []
+        raise UserError(f"step {self.step + 1}: loss or gradient is not finite, of rows {bad or rows}: look "
+                        "at those, or start again with a lower --lr; --resume repeats the step")
 
     def log(self, **event):
         """Add an event of this step to log.jsonl, and forget what was seen."""
@@ -1700,35 +1614,32 @@ class Run:
 
     def write_log(self):
         """Write log.jsonl, an event a line."""
-        lines = "".join(json.dumps(event) + "\n" for event in self.events)
-        on_rank_0(write_whole)(self.folder / "log.jsonl", lines.encode())
+        if not RANK:
+            lines = "".join(json.dumps(event) + "\n" for event in self.events)
+            write_whole(self.folder / "log.jsonl", lines.encode())
 
     def save(self, step):
-        """Write what training needs to go on after step; the last two states are kept."""
+        """Write state.pt, all that training needs to go on after step."""
         if step == 0:                                                         # the optimizer has no state yet
             return
-        saved = {"step": step}
-        for name, value in self.state.items():                    # all ranks put together what is sharded
-            if isinstance(value, torch.nn.Module):
-                saved[name] = state_dicts.get_model_state_dict(value, options=WHOLE)
-            elif isinstance(value, torch.optim.Optimizer):
-                saved[name] = state_dicts.get_optimizer_state_dict(self.state["model"], value, options=WHOLE)
-            else:
-                saved[name] = value
-        on_rank_0(write_state)(self.folder, saved)
+        model, optimizers, lists = self.state                     # all ranks put together what is sharded
+        weights, moments = state_dicts.get_state_dict(model, optimizers, options=WHOLE)
+        content = io.BytesIO()
+        torch.save({"step": step, "model": weights, "optimizers": moments, **lists}, content)
+        on_rank_0(write_whole)(self.folder / "state.pt", content.getvalue())
 
     def load(self):
-        """Bring the state to the newest whole one, and the log back to it; returns its step, 0 if there is
+        """Bring the state to that of state.pt, and the log back to it; returns its step, 0 if there is
         none.
         """
-        saved = read_state(self.folder) or {"step": 0}
-        for name, value in self.state.items() if saved["step"] else ():
-            if isinstance(value, torch.nn.Module):
-                state_dicts.set_model_state_dict(value, saved[name], options=WHOLE)
-            elif isinstance(value, torch.optim.Optimizer):
-                state_dicts.set_optimizer_state_dict(self.state["model"], value, saved[name], options=WHOLE)
-            else:
-                value[:] = saved[name]
+        file, (model, optimizers, lists) = self.folder / "state.pt", self.state
+        saved = torch.load(file, weights_only=True, map_location="cpu") if file.exists() else {"step": 0}
+        print(f"{self.folder}: going on after step {saved['step']}")
+        if saved["step"]:
+            state_dicts.set_state_dict(model, optimizers, model_state_dict=saved["model"],
+                                       optim_state_dict=saved["optimizers"], options=WHOLE)
+            for name, values in lists.items():
+                values[:] = saved[name]
         self.events = [event for event in read_log(self.folder) if event["step"] <= saved["step"]]
         self.write_log()
         return saved["step"]
@@ -1739,30 +1650,24 @@ WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True, ign
                                      strict=False)
 
 
-def write_state(folder, state):
-    """Write a state to folder/state-<step>-<hash>.pt: the file gets its name, with the hash of its content in
-    it, when it is complete.
+@contextmanager
+def stop_signals():
+    """An event that the first Ctrl-C or SIGTERM sets; a second one stops at once. Only a main thread hears
+    them.
     """
+    asked, before = threading.Event(), {}
+
+    def ask(number, _):
+        asked.set()
+        signal.signal(number, before[number])
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+    if threading.current_thread() is threading.main_thread():
+        before |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        torch.save(state, folder / "state.tmp")
-    except RuntimeError as e:                                                  # torch's answer to a full disk
-        raise OSError(f"{folder / 'state.tmp'} cannot be written: {e}") from None
-    name = f"state-{state['step']:07}-{content_hash(folder / 'state.tmp')}.pt"
-    os.replace(folder / "state.tmp", folder / name)
-    for old in sorted(folder.glob("state-*-*.pt"))[:-2]:
-        old.unlink()
-
-
-def read_state(folder):
-    """The newest whole state in folder; None if there is none."""
-    for file in sorted(folder.glob("state-*-*.pt"), reverse=True):
-        if content_hash(file) == file.stem.split("-")[2]:
-            state = torch.load(file, weights_only=True, map_location="cpu")
-            print(f"going on after step {state['step']} of {file}")
-            return state
-        print(f"{file} is damaged: going back to the one before it")
-    print(f"{folder} holds no whole state: starting at step 0")
-    return None
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- the script ----
@@ -1777,31 +1682,21 @@ def shapes_sheet(path):
 
 
 def main(args):
-    """Write the labelling page of a pairs file or of two folders; without either, shapes.webp."""
-    paths = [Path(path) for path in args.label]
-    if not paths:
+    """Write the labelling page of a pairs file; without one, shapes.webp."""
+    if args.label:
+        pairs = read_pairs(args.label, labelled=False)
+        rows = [(prompt, *videos) for prompt, videos in zip(pairs.prompts, pairs.videos)]
+        label_page(Path(args.label).with_suffix(".html"), rows)
+    else:
         shapes_sheet("shapes.webp")
         print("wrote shapes.webp: twelve renderers with their oracle scores, each beside a flawless video")
-    elif len(paths) == 1:
-        pairs = read_pairs(paths[0])
-        rows = [(prompt, *videos) for prompt, videos in zip(pairs.prompts, pairs.videos)]
-        label_page(paths[0].with_suffix(".html"), rows)
-    elif len(paths) == 2:
-        names = sorted(set.intersection(*({file.name for file in folder.glob("*.mp4")} for folder in paths)))
-        if not names:
-            raise UserError(f"{paths[0]} and {paths[1]} share no .mp4 of equal name, such as <prompt>-0.mp4")
-        prompts = [re.sub(r"-\d+$", "", Path(name).stem) for name in names]
-        pairs = [(prompt, *(folder / name for folder in paths)) for prompt, name in zip(prompts, names)]
-        label_page(paths[0].absolute().parent / "label.html", pairs, [str(path) for path in paths])
-    else:
-        raise UserError("label takes a pairs file or two folders")
 
 
 @dataclass
 class Args:
-    label: list = ()       # a pairs file, or two folders of .mp4 with equal names: write the labelling page
+    label: str = ""                         # a pairs file: write the page on which a person labels it
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    launch(main, Args, __doc__, ["--label", *words[1:]] if words[:1] == ["label"] else words)
+    launch(main, Args, __doc__, [word.replace("label", "--label", 1) if k == 1 else word for k, word in
+                                 enumerate(sys.argv)][1:])

@@ -24,9 +24,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (DIMS, RANK, RANKS, Shapes, caption_of, check_world, file_key, flawed_videos, gather_rows,
-                  launch, markdown, merged, metadata_of, normalised, oracle, progress, read_shapes,
-                  read_video, remembered, rng, short_hash, true_scores, video_info, with_overall, write_json)
+from data import (DIMS, RANK, RANKS, Shapes, all_gather, cached_file, caption_of, check_world, flawed_videos,
+                  gather_rows, is_cached, known_hash, launch, load_cached, markdown, metadata_of, normalised,
+                  oracle, progress, read_shapes, read_video, rng, save_cached, short_hash, true_scores,
+                  video_info, with_overall, write_json)
 from model import (LayerNorm, UserError, VideoDiT, add_lora, fetch, load_strict, read_config, read_json,
                    read_tensors, save_tensors)
 
@@ -89,7 +90,7 @@ class LatentReward(nn.Module):
         r, chunks = [], torch.arange(len(pairs)).split(256 if self.reads == "shapes" else 1)
         for rows in progress(chunks[RANK::RANKS], "scoring"):
             text = world.text(pairs, rows).repeat_interleave(2, dim=0)          # the same for A and B
-            names = [f"{side} of row {line}" for line in pairs.where(rows) for side in "AB"]
+            names = [f"{side} of row {line}" for line in (pairs.lines[i] for i in rows) for side in "AB"]
             r.append(self.score_clean(world.latents(pairs, rows).flatten(0, 1), text, names))
         return torch.cat(gather_rows(r)).view(-1, 2, len(DIMS))
 
@@ -327,7 +328,7 @@ class VideoReward(nn.Module):
         """Z-scores (n, 2, 3) of the files of Pairs, A and B; cache: folder of earlier scores."""
         paths = [path for pair in pairs.videos for path in pair]
         prompts = [prompt for prompt in pairs.prompts for _ in "AB"]
-        return score_videos(self, paths, prompts, f"{cache}/scores.jsonl").view(-1, 2, len(DIMS))
+        return score_videos(self, paths, prompts, cache).view(-1, 2, len(DIMS))
 
     def score_drawn(self, latents, text, files, prompts):
         """Z-scores (n, 3) of what a model drew, from its files."""
@@ -559,7 +560,8 @@ def check_reward(path, world, kinds=None, template=None):
     """Refuse, before any work, a reward that cannot judge what a model of this world draws, or a VideoReward
     without the template that it needs; kinds: what it may read, unset: all that can.
     """
-    kind, kinds = "shapes" if path == "oracle" else kind_of_reward(path), kinds or world.judges
+    kind = "shapes" if path == "oracle" else kind_of_reward(path)
+    kinds = kinds or world.reward_inputs
     if kind not in kinds:
         found = f"reads {kind}" if kind else "holds no finished reward (or one above checkpoint-<step>/)"
         raise UserError(f"{path} {found}: name a run of train_reward.py that reads {' or '.join(kinds)}")
@@ -582,18 +584,19 @@ def load_reward(path, base=None, template=None, device="cpu"):
     return LatentReward.from_pretrained(path).to(device)
 
 
-def score_videos(reward, paths, prompts, cache_file):
-    """VideoReward's z-scores (n, 3) of video files and their prompts; each distinct pair is scored
-    once, and each raw score is at once added to cache_file. Each rank scores its share. UserError names a bad
-    video.
+def score_videos(reward, paths, prompts, cache):
+    """VideoReward's z-scores (n, 3) of video files and their prompts; each distinct pair is scored once, and
+    the raw scores are kept in the folder cache. Each rank scores its share. UserError names a bad video.
     """
-    keys = [(reward.identity, *file_key(path), prompt) for path, prompt in zip(paths, prompts, strict=True)]
-    recall, known = remembered(Path(cache_file)), {}
-    for key in progress(list(dict.fromkeys(keys))[RANK::RANKS], "scoring"):
-        _, path, *_, prompt = key
-        known[key] = recall(key, lambda: reward.score([path], [prompt], normalise=False)[0].tolist())
-    known = merged(known)
-    return finite(reward.z_scores(torch.tensor([known[key] for key in keys])), paths)
+    files = [cached_file(cache, "score", reward.identity, known_hash(cache, path), prompt)
+             for path, prompt in zip(paths, prompts, strict=True)]
+    todo = dict(zip(files, zip(paths, prompts)))
+    for file in progress(list(todo)[RANK::RANKS], "scoring"):
+        if not is_cached(file):
+            path, prompt = todo[file]
+            save_cached(reward.score([path], [prompt], normalise=False)[0], file)
+    all_gather(None)                                                            # every rank's share is there
+    return finite(reward.z_scores(torch.stack([load_cached(file) for file in files])), paths)
 
 
 # ---- how good is a reward? ----

@@ -28,11 +28,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data import (DIMS, DTYPES, FRAMES, PROMPTS, RANK, RANKS, SIZE, Count, Run, Seed, Shapes, Size, Weights,
-                  check_out, check_world, clean_videos, fill, gather_rows, label_page, launch, lineage,
+from data import (DIMS, DTYPES, FRAMES, PROMPTS, RANK, RANKS, SIZE, Count, Numbers, Run, Shapes,
+                  check_dim_w, check_world, clean_videos, fill_unset, free_folder, gather_rows, label_page, launch, lineage,
                   markdown, metadata_of, moving_sheet, normalised, on_rank_0, oracle, overall, progress,
-                  read_log, read_table, recipes, rng, run_args, start_of, start_ranks, text_of, thumbnails,
-                  to_float, to_uint8, weights_file, whole_of, with_overall, world_of, write_json, write_video)
+                  read_log, read_table, recipes, rng, run_args, start_ranks, text_of, thumbnails,
+                  to_float, to_uint8, toy_weights, weights_hash, whole_weights, with_overall, world_of, write_json, write_video)
 from model import (Experts, UserError, VideoDiT, find, load_lora, lora_disabled, read_json, read_tensors,
                    save_tensors)
 from reward import LatentReward, check_reward, load_reward
@@ -108,15 +108,15 @@ def load_model(path, dtype=torch.float32, expert=None, base=None):
     maps; expert: which of a pretrained Wan 2.2 A14B, a run knows its own; base: see lineage.
     """
     folders, expert = lineage(path, base), expert_of(path) or expert
-    start = whole_of(folders)
-    whole = metadata_of(weights_file(start))
+    start = whole_weights(folders)
+    whole = metadata_of(toy_weights(start))
     if "world" in whole:
-        check_world(whole, weights_file(start))
+        check_world(whole, toy_weights(start))
     low = expert == "low" and start == folders[-1]                              # not of a run of all weights
     model = VideoDiT.from_pretrained(start, dtype, "transformer_2" if low else "transformer")
     if start != folders[0]:
         lora = folders[0] / "lora.safetensors"
-        if metadata_of(lora).get("start") not in (None, start_of(start)):
+        if metadata_of(lora).get("start") not in (None, weights_hash(start)):
             raise UserError(f"{path} was trained on top of {start}, which is another model now: bring that "
                             "one back, or train again")
         load_lora(model, lora)
@@ -157,8 +157,8 @@ def generate(model, world, prompts, texts, seed, ts, size=(FRAMES, SIZE, SIZE), 
     device = next((p.device for p in model.parameters() if p.is_cuda), torch.device("cpu"))   # of an expert's
     mine = range(RANK, len(prompts), RANKS)
     for ids in progress([mine[i:i + batch] for i in range(0, len(mine), batch)], "sampling"):
-        text = world.pad([texts[prompts[i]] for i in ids]).to(device)
-        null = world.pad([texts[negative]]).to(device).expand_as(text)
+        text = world.pad_text([texts[prompts[i]] for i in ids]).to(device)
+        null = world.pad_text([texts[negative]]).to(device).expand_as(text)
         eps = torch.stack([torch.randn(shape, generator=rng("eval", seed, i)) for i in ids]).to(device)
 
         def at(x, t):                                                           # one time for the whole batch
@@ -186,8 +186,8 @@ def toy_videos(model, prompts, seed, steps=16, guided=True, **settings):
     """Videos (n, 3, T, H, W) in [-1, 1] of prompts of Shapes world, by its default sampler or without
     classifier-free guidance.
     """
-    world, ts = Shapes(), timesteps(steps, RECIPES["shift"]["shapes"])
-    scale = RECIPES["cfg"]["shapes"] if guided else 1.0
+    world, ts = Shapes(), timesteps(steps, RECIPES["shapes"]["shift"])
+    scale = RECIPES["shapes"]["cfg"] if guided else 1.0
     drawn = generate(model, world, prompts, embed_all(world, prompts), seed, ts, cfg_scale=scale,
                      **settings)
     return torch.stack(gather_rows([video for _, video in drawn]))
@@ -510,18 +510,18 @@ class Args:
     n_per_prompt: Count = 1                 # videos per prompt
     negative: str = ""                 # Wan: what guidance moves away from; official Wan has a long text here
     frames: Count | None = None             # Wan: frames, 4k + 1, at 16 per second (2.2 5B: 24)
-    size: Size | None = None                # Wan: height and width, multiples of 16 (2.2 5B: 32)
+    size: Numbers | None = None                # Wan: height and width, multiples of 16 (2.2 5B: 32)
     steps: Count | None = None              # Euler steps
     shift: float | None = None              # timestep shift
     cfg: float | None = None                # classifier-free guidance scale; 1 is off
     cfg_low: float | None = None            # Wan 2.2 A14B: that of the low-noise expert
     nrg: str = ""                           # run folder of a noisy reward: guide by it (Flow-NRG)
     rg_scale: float = 4.0                   # strength of reward guidance, the paper's w
-    dim_w: Weights = (1.0, 1.0, 1.0)        # weights of VQ, MQ, TA in the guiding reward
+    dim_w: Numbers = (1.0, 1.0, 1.0)        # weights of VQ, MQ, TA in the guiding reward
     max_ratio: float = 0.3                  # longest guidance, in velocity norms
     batch: Count | None = None              # videos at once
     dtype: Literal["fp32", "bf16"] | None = None  # of the linear maps; unset: bf16 for Wan on CUDA
-    seed: Seed = 0                          # of the noise
+    seed: int = 0                          # of the noise
     eval: Count | None = None          # toy: instead of writing videos, win rates on this many held-out draws
     split: Literal["eval", "val"] = "eval"  # toy, with --eval: prompts to draw; val is for tuning
     against: str = ""                # model to compare with; base: the same without adapters; unset: unguided
@@ -594,9 +594,9 @@ def check(args, world):
                         "--compare RUN")
     if args.ckpt:                                                               # as it was trained
         own = run_args(args.ckpt[0])
-        fill(args, {"frames": own.get("frames"), "size": tuple(own.get("size") or ()) or None})
-    fill(args, {flag: values[world.recipe] for flag, values in RECIPES.items()})
-    fill(args, {"dtype": "bf16" if world.name == "wan" and torch.cuda.is_available() else "fp32"})
+        fill_unset(args, {"frames": own.get("frames"), "size": tuple(own.get("size") or ()) or None})
+    fill_unset(args, RECIPES[world.recipe])
+    fill_unset(args, {"dtype": "bf16" if world.name == "wan" and torch.cuda.is_available() else "fp32"})
     world.latent_shape(args.frames, args.size)                                  # refuses what cannot be
     rows = read_prompts(args, world)
     world.check_prompts([row["prompt"] for row in rows])
@@ -615,10 +615,9 @@ def check(args, world):
             why = "is a folder: name the file in it" if Path(file).exists() else "does not exist"
             raise UserError(f"--lora {file} {why}")
     paths, base = args.ckpt or [args.model], base_of(args)
-    plain = not args.lora and all(whole_of(x) == x[0] for x in (lineage(path, base) for path in paths))
+    plain = not args.lora and all(whole_weights(x) == x[0] for x in (lineage(path, base) for path in paths))
     if args.against == "base" and plain:
         raise UserError("--against base switches adapters off and this model has none: name another model")
-    check_out(args.out, *paths, base=base, inputs=(args.nrg, args.reward, args.prompts))
     return rows
 
 
@@ -700,7 +699,7 @@ def write_videos(folder, drawn, names, prompts, world, texts, reward):
         write_video(file, video, world.fps, world.zoom)
         pixels.append(pixel_statistics(video))
         if reward is not None:
-            r.append(reward.score_drawn(x[None], world.pad([texts[prompts[i]]]), [file], [prompts[i]])[0])
+            r.append(reward.score_drawn(x[None], world.pad_text([texts[prompts[i]]]), [file], [prompts[i]])[0])
         seconds = video.shape[1] / world.fps
         if i < 12:
             tiles.append((prompts[i], [thumbnails(video)], names[i]))
@@ -740,4 +739,4 @@ if __name__ == "__main__":
     if any(word.startswith("--compare") for word in sys.argv):
         launch(compare, Compare, __doc__)
     else:
-        launch(main, Args, __doc__, recipe=RECIPES)
+        launch(main, Args, __doc__)

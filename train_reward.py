@@ -20,15 +20,14 @@ the paper trains a vision-language model (Sec. 3), as --model with a Qwen2-VL do
 import csv
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import (DIMS, RANKS, Count, Run, Seed, Shapes, Size, check_out, command, draw_noise, file_key,
-                  fill, launch, learning_rate_scale, look_into, micro_batches, normalised,
-                  read_pairs, recipes, remembered, report_pairs, rng, run_args, step_rows, toy_pairs,
+from data import (DIMS, RANKS, Count, Numbers, Run, Shapes, command, content_hash, draw_noise, fill_unset,
+                  launch, learning_rate_scale, look_into, micro_batches, normalised, read_pairs, recipes,
+                  report_pairs, rng, run_args, step_rows, toy_pairs, without_twins,
                   true_scores, with_overall, world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
@@ -72,10 +71,10 @@ class Args:
     tie: float = 5.0                        # btt: the tie parameter theta
     n_eval: Count = 2000                    # held-out pairs of Shapes world
     frames: Count = 81                      # Wan: frames of each video, at 16 per second; 4k + 1
-    size: Size = (480, 832)                 # Wan: height and width, multiples of 16
+    size: Numbers = (480, 832)              # Wan: height and width, multiples of 16
     skip_bad: bool = False                  # leave out pairs whose videos cannot be used
     cache: str = "runs/cache"           # folder of what is computed once: latents of videos, scores of --eval
-    seed: Seed = 0                          # of pairs, order and noise
+    seed: int = 0                           # of pairs, order and noise
     compile: bool = False                   # torch.compile the blocks of a latent reward
     save_every: Count = 500                 # steps between the states that --resume starts from
     resume: bool = False                    # go on with the run in --out
@@ -94,15 +93,13 @@ def check_args(args):
         raise UserError("this reward learns and is measured on video files: name their CSV with --pairs")
     if kind == "files" and args.noisy:
         raise UserError("--noisy trains a reward on latents, and a Qwen2-VL reads pixels: leave one out")
-    column = "labels" if kind == "shapes" and args.pairs else kind
-    fill(args, {flag: values[column] for flag, values in RECIPES.items()})
-    fill(args, {"loss": "bt" if args.noisy else "btt",
-                "out": "runs/eval" if args.eval else "runs/noisy" if args.noisy else "runs/reward"})
+    fill_unset(args, RECIPES["labels" if kind == "shapes" and args.pairs else kind])
+    fill_unset(args, {"loss": "bt" if args.noisy else "btt",
+                      "out": "runs/eval" if args.eval else "runs/noisy" if args.noisy else "runs/reward"})
     if args.tie <= 1 or args.label_noise <= 0:
         raise UserError(f"--tie {args.tie} must be above 1, and --label_noise {args.label_noise} above 0")
     if RANKS > 1:
         raise UserError("rewards are trained and measured by one process: leave torchrun out")
-    check_out(args.out, inputs=(args.pairs, args.eval, args.model))
     return kind
 
 
@@ -162,9 +159,9 @@ def read_files(args, world):
     else to their end by a VideoReward. UserError where there is nothing to learn from.
     """
     if world is None:
-        recall = remembered(Path(args.cache) / "seen.jsonl")
-        pairs, _ = look_into(read_pairs(args.pairs, args.skip_bad), args,
-                             lambda path: recall(file_key(path), lambda: check_video(path)))
+        pairs = read_pairs(args.pairs, args.skip_bad)
+        pairs = pairs if args.eval else without_twins(pairs, content_hash)      # measured are all of them
+        pairs, _ = look_into(pairs, args.skip_bad, check_video)
     else:
         pairs = world.read(args)
     if not args.eval:
@@ -239,7 +236,7 @@ def train(args, kind, device):
     warmup, decay = {"shapes": (50, 1.0), "wan": (0, 0.0), "files": (0.05 * args.steps, 0.0)}[kind]
 
     reward.train()
-    for step in run.steps(args.steps, model=reward, optimizer=optimizer, history=history):
+    for step in run.steps(args.steps, reward, optimizer, history=history):
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(step, args.steps, warmup, decay)
         rows = train_rows[step_rows(len(train_rows), args.batch, args.seed, step)]
         labelled, loss = (~target[rows].isnan()).sum().clamp(min=1), 0
@@ -251,7 +248,7 @@ def train(args, kind, device):
             loss = loss + part.detach()
         grad_norm = clip_grad_norm_(reward.parameters(), 1.0)
         run.see(loss=loss[None])
-        run.check(pairs.where(rows), grad_norm)                                 # before a weight moves
+        run.check_finite([pairs.lines[i] for i in rows], grad_norm)             # before a weight moves
         optimizer.step()
         optimizer.zero_grad()
         history.append(loss.item())
@@ -342,4 +339,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch(main, Args, __doc__, recipe=RECIPES)
+    launch(main, Args, __doc__)
