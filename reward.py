@@ -12,25 +12,22 @@ time t. Trained at t = 0 it is the labeller of the toy world; trained at all t i
 z-normalised on a validation set: 0 is an average video, negative is below average, not wrong.
 """
 import ast
-import hashlib
 import json
 import math
 import pickle
 import re
-import string
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (DIMS, DTYPES, RANK, RANKS, Shapes, all_gather, cached_file, caption_of, check_world, known_hash, flawed_videos,
-                  gather_rows, is_cached, launch, load_cached, markdown, metadata_of, normalised, oracle, progress,
-                  read_shapes, read_video, rng, save_cached, true_scores, video_info, with_overall, write_json)
+from data import (DIMS, RANK, RANKS, Shapes, all_gather, cached_file, caption_of, check_world, flawed_videos,
+                  gather_rows, is_cached, known_hash, launch, load_cached, markdown, metadata_of, normalised,
+                  oracle, progress, read_shapes, read_video, rng, save_cached, short_hash, true_scores,
+                  video_info, with_overall, write_json)
 from model import (LayerNorm, UserError, VideoDiT, add_lora, fetch, load_strict, read_config, read_json,
                    read_tensors, save_tensors)
 
@@ -67,39 +64,39 @@ class LatentReward(nn.Module):
             h = self.norm(self.dit(xt, t, text, depth=self.depth))              # (B, L, D)
             weight = (h @ self.query.T).softmax(dim=1)                          # (B, L, 3): of each dimension
             h = weight.transpose(1, 2) @ F.gelu(self.hidden(h))                 # (B, 3, D)
-            said = text.any(dim=-1, keepdim=True).type_as(text)             # (B, S, 1): 0 after the last word
-            words = (self.dit.text_embedding(text) * said).sum(1) / said.sum(1).clamp(min=1)
+            text_mask = text.any(dim=-1, keepdim=True).type_as(text)        # (B, S, 1): 0 after the last word
+            words = (self.dit.text_embedding(text) * text_mask).sum(1) / text_mask.sum(1).clamp(min=1)
             gate = 1 + self.word(F.layer_norm(words, words.shape[-1:]))         # (B, D)
             return (h * gate[:, None] * self.out).sum(-1).float()
 
     def score(self, xt, t, text):
-        """Scores (B, 3), z-normalised on the validation set."""
-        return self.normalised(self(xt, t, text))
+        """Z-scores (B, 3), see z_scores."""
+        return self.z_scores(self(xt, t, text))
 
-    def normalised(self, r):
-        """Raw scores r (.., 3) as z-scores."""
+    def z_scores(self, r):
+        """Raw scores r (.., 3) less the mean of the validation set, in units of its standard deviation."""
         return (r - self.mean.to(r)) / self.std.to(r)
 
     @torch.no_grad()
-    def score_clean(self, x0, text):
-        """Normalised scores (B, 3) of clean latents x0 (t = 0), on the CPU."""
+    def score_clean(self, x0, text, names):
+        """Z-scores (B, 3), on the CPU, of clean latents x0 (t = 0) that have these names."""
         batch, device = 64 if self.reads == "shapes" else 1, self.mean.device   # one of Wan's fills a GPU
         r = [self.score(x.to(device), torch.zeros(len(x), device=device), y.to(device)).cpu()
              for x, y in zip(x0.split(batch), text.split(batch))]
-        return torch.cat(r)
+        return finite(torch.cat(r), names)
 
     def score_pairs(self, world, pairs, cache):
-        """Normalised scores (n, 2, 3) of A and B of encoded Pairs."""
-        chunks = torch.arange(len(pairs)).split(256 if self.reads == "shapes" else 1)
-        r = []
+        """Z-scores (n, 2, 3) of A and B of encoded Pairs."""
+        r, chunks = [], torch.arange(len(pairs)).split(256 if self.reads == "shapes" else 1)
         for rows in progress(chunks[RANK::RANKS], "scoring"):
             text = world.text(pairs, rows).repeat_interleave(2, dim=0)          # the same for A and B
-            r.append(self.score_clean(world.latents(pairs, rows).flatten(0, 1), text))
+            names = [f"{side} of row {line}" for line in (pairs.lines[i] for i in rows) for side in "AB"]
+            r.append(self.score_clean(world.latents(pairs, rows).flatten(0, 1), text, names))
         return torch.cat(gather_rows(r)).view(-1, 2, len(DIMS))
 
     def score_drawn(self, latents, text, files, prompts):
-        """Normalised scores (n, 3) of what a model drew, from its latents and the prompts' text."""
-        return self.score_clean(latents, text)
+        """Z-scores (n, 3) of what a model drew, from its latents and the prompts' text."""
+        return self.score_clean(latents, text, files or prompts)
 
     @classmethod
     def from_base(cls, model, depth=2):
@@ -108,10 +105,13 @@ class LatentReward(nn.Module):
         reward.dit.load_state_dict(model.state_dict(), strict=False)           # it has more blocks and a head
         return reward
 
-    def save(self, folder, metadata):
-        """Write the weights in 16 bit; the file's metadata says how to build the model again."""
-        save_tensors({k: v.half() for k, v in self.state_dict().items()}, folder / "reward.safetensors",
-                     {"config": json.dumps(self.config.to_diffusers()), "depth": str(self.depth), **metadata})
+    def save(self, folder, facts):
+        """Write the weights in 16 bit; beside these facts the file says its world and how to build the model.
+        """
+        own = {"config": json.dumps(self.config.to_diffusers()), "depth": str(self.depth)}
+        world = Shapes().metadata if self.reads == "shapes" else {}
+        weights = {k: v.half() for k, v in self.state_dict().items()}
+        save_tensors(weights, folder / "reward.safetensors", facts | own | world)
 
     @classmethod
     def from_pretrained(cls, path):
@@ -129,7 +129,6 @@ class LatentReward(nn.Module):
 
 class Oracle:
     """The truth of Shapes world in the place of a reward."""
-    reads = "shapes"
 
     def score_pairs(self, world, pairs, cache):
         return normalised(true_scores(pairs))
@@ -138,31 +137,30 @@ class Oracle:
         return normalised(oracle(latents, prompts))
 
 
+def finite(r, names):
+    """The scores r (n, 3) of videos with these names. UserError names the first with a nan or inf in it."""
+    bad = [name for name, row in zip(names, r) if not row.isfinite().all()]
+    if bad:
+        raise UserError(f"the scores of {bad[0]} are not finite: this video or the reward is damaged")
+    return r
+
+
 # ---- VideoReward: what it is asked ----
 
 TOKENS = tuple(f"<|{dim}_reward|>" for dim in DIMS)     # the scores are read where these stand, in this order
 # Attention is causal: VQ and MQ are read before the prompt is told, so that they can't depend on it.
-RUBRIC = """A model made this video from a text. Rate it on three scales from 0 (useless) to 10 (flawless). \
-Keep the scales apart: a fault counts on its own scale and on no other.
+RUBRIC = """A model made this video from a text. Rate it from 0 to 10 on three scales, which are kept apart.
 
-Visual quality: how do the single frames look, whatever they are meant to show?
-- Form: things and bodies are built as they should be, with no part missing, doubled or melted into another.
-- Clarity: edges are sharp and textures resolved, without blur, noise, blocks or ghosts.
-- Beauty: light, colour and composition please the eye.
-- Safety: nothing in it is cruel, indecent or frightening.
+Visual quality is how single frames look, whatever they show: well-formed things and bodies, sharp edges and \
+textures without noise, blocks or ghosts, pleasing light, colour and composition, nothing cruel or indecent.
 Visual quality: <|VQ_reward|>
 
-Motion quality: how does the picture change from frame to frame, whatever it is meant to show?
-- Steadiness: what moves keeps its form and identity, and nothing flickers, pops up or vanishes.
-- Nature: bodies and objects move as anatomy and physics allow, at a credible speed.
-- Amount: something happens; a video that stands still is rated low.
-- Clarity: moving parts stay crisp and belong to their surroundings.
+Motion quality is how the picture changes, whatever it shows: things keep their form, move as anatomy and \
+physics allow, neither flicker nor vanish, and do move: a video that stands still is rated low.
 Motion quality: <|MQ_reward|>
 
-Text alignment: does the video show what the text asks for?
-- Content: the subjects, how many they are, how they look and what they do.
-- Setting: place, time, weather and mood.
-- Manner: the style of the picture, the view and the movement of the camera.
+Text alignment is whether the video shows what the text asks for: the subjects, how many, how they look and \
+what they do, the place, the weather, the style, the view and the movement of the camera.
 The text: {text_prompt}
 Text alignment: <|TA_reward|>"""
 THEIR_TEMPLATE = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
@@ -177,11 +175,11 @@ def read_template(path):
         for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == THEIR_TEMPLATE:
                 text = ast.literal_eval(node.value)
-        fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
-    except (OSError, SyntaxError, ValueError, TypeError) as e:
+        text.format(text_prompt="")                                             # it has no other field
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError) as e:
         raise UserError(f"--template {path} cannot be read: {e}") from None
     marks = [*TOKENS[:2], "{text_prompt}", TOKENS[2]]                           # each once and in this order
-    if fields != ["text_prompt"] or re.findall("|".join(map(re.escape, marks)), text) != marks:
+    if re.findall("|".join(map(re.escape, marks)), text) != marks:
         raise UserError(f"--template {path} must set {THEIR_TEMPLATE} to a text with {', '.join(marks)}")
     return text
 
@@ -194,14 +192,13 @@ PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)    
 PIXEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
-def frame_indices(total, fps, rate=2.0, count=None):
+def frame_indices(total, fps, rate=2.0):
     """Which of a video's frames are looked at: an even number, from the first to the last at equal steps.
 
-    About rate a second, 4 to 768, or count. A single frame is shown twice. Python's round goes to even
-    halves, as in the authors' code: 60 frames give 4 at 24 fps and 6 at 23.976.
+    About rate a second, 4 to 768. A single frame is shown twice. Python's round goes to even halves, as in
+    the authors' code: 60 frames give 4 at 24 fps and 6 at 23.976.
     """
-    most = min(768, total) // 2 * 2
-    n = min(count or max(total / fps * rate, 4), most)
+    n = min(max(total / fps * rate, 4), min(768, total) // 2 * 2)
     return torch.linspace(0, total - 1, max(2, 2 * round(n / 2))).round().long().tolist()
 
 
@@ -231,8 +228,7 @@ def patchify(frames, size):
     """
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()                    # (T, 3, H, W)
     x = F.interpolate(x, size, mode="bicubic", antialias=True)
-    x = x.round().clamp(0, 255)                                            # whole grey levels, as in training
-    x = (x / 255 - PIXEL_MEAN) / PIXEL_STD
+    x = (x.round().clamp(0, 255) / 255 - PIXEL_MEAN) / PIXEL_STD           # whole grey levels, as in training
     grid = len(x) // MERGE, x.shape[2] // PATCH, x.shape[3] // PATCH
     x = x.view(grid[0], MERGE, 3, grid[1] // MERGE, MERGE, PATCH, grid[2] // MERGE, MERGE, PATCH)
     return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).flatten(0, 4).flatten(1), torch.tensor(grid)
@@ -249,8 +245,10 @@ def check_video(path):
 # ---- VideoReward: the model ----
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # those that get LoRA
-SETTINGS = dict(fps=2.0, num_frames=None, max_frame_pixels=MAX_PIXELS, sample_type="uniform", output_dim=1,
-                reward_token="special", lora_r=64, lora_alpha=128, use_rslora=False, mean=None, std=None)
+# The settings of a checkpoint, which may have numbers of its own, and those that have this one value alone.
+SETTINGS = dict(fps=2.0, max_frame_pixels=MAX_PIXELS, lora_r=64, lora_alpha=128, mean=[0.] * 3, std=[1.] * 3)
+FIXED = dict(prompt_template_type="detailed_special", reward_token="special", output_dim=1, num_frames=None,
+             sample_type="uniform", use_rslora=False)
 
 
 class VideoReward(nn.Module):
@@ -264,19 +262,17 @@ class VideoReward(nn.Module):
         super().__init__()
         from transformers import Qwen2VLModel
         from transformers.initialization import no_init_weights
-        self.tokenizer, self.settings, self.identity = tokenizer, settings, None
-        special = settings["reward_token"] == "special"
-        self.token_ids = tokenizer.convert_tokens_to_ids(TOKENS) if special else []
+        self.tokenizer, self.settings = tokenizer, settings
+        self.token_ids = tokenizer.convert_tokens_to_ids(TOKENS)
         self.video_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
         config.text_config.vocab_size = len(tokenizer)                          # Qwen's spare rows go
         with no_init_weights():                                                 # all weights come from files
             self.qwen = Qwen2VLModel(config)
         width = config.text_config.hidden_size
-        self.rows = nn.Parameter(torch.zeros(len(self.token_ids), width))     # the special tokens' embeddings
-        self.rm_head = nn.Linear(width, settings["output_dim"], bias=False)
-        for name in ("mean", "std"):                                           # of raw scores; nan: not known
-            constants = torch.tensor(settings[name] or [math.nan] * len(DIMS))
-            self.register_buffer(name, constants, persistent=False)
+        self.rows = nn.Parameter(torch.zeros(len(TOKENS), width))             # the special tokens' embeddings
+        self.rm_head = nn.Linear(width, 1, bias=False)
+        for name in ("mean", "std"):                                     # of raw scores on the validation set
+            self.register_buffer(name, torch.tensor(settings[name]), persistent=False)
 
     def inputs(self, paths, prompts):
         """What forward takes: token ids and mask (B, L), padded right, patches (N, 1176) of all videos, grids
@@ -287,7 +283,7 @@ class VideoReward(nn.Module):
         ids, patches, grids, s = [], [], [], self.settings
         for path, prompt in zip(paths, prompts, strict=True):
             total, fps, *size = video_info(path)
-            frames, _ = read_video(path, frame_indices(total, fps, s["fps"], s["num_frames"]))
+            frames, _ = read_video(path, frame_indices(total, fps, s["fps"]))
             x, grid = patchify(frames, frame_size(*size, s["max_frame_pixels"], path))
             content = [{"type": "video"}, {"type": "text", "text": s["template"].format(text_prompt=prompt)}]
             chat = [{"role": "user", "content": content}]                       # with its default system turn
@@ -298,7 +294,7 @@ class VideoReward(nn.Module):
             patches.append(x)
             grids.append(grid)
             counts = [(ids[-1] == i).sum().item() for i in (self.video_id, *self.token_ids)]
-            if counts != [places] + [1] * len(self.token_ids):
+            if counts != [places, 1, 1, 1]:
                 raise UserError(f"the prompt '{prompt}' holds a special token, such as {TOKENS[0]}")
         mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True)
         return pad_sequence(ids, batch_first=True), mask, torch.cat(patches), torch.stack(grids)
@@ -317,42 +313,29 @@ class VideoReward(nn.Module):
             seen = self.qwen.visual(patches.to(self.qwen.visual.dtype), grid_thw=grids).pooler_output
             x = x.masked_scatter((ids == self.video_id)[..., None], seen.type_as(x))
             h = text(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False)
-        h = h.last_hidden_state.float()
-        rows = torch.arange(B, device=ids.device)
-        if not self.token_ids:                                                  # read at the last token
-            return self.rm_head(h[rows, mask.sum(1) - 1])
         at = torch.stack([(ids == i).int().argmax(1) for i in self.token_ids], dim=1)          # (B, 3)
-        r = self.rm_head(h[rows[:, None], at])                                  # (B, 3, 1) or (B, 3, 3)
-        return r[..., 0] if r.shape[-1] == 1 else r.diagonal(dim1=1, dim2=2)
+        h = h.last_hidden_state[torch.arange(B, device=ids.device)[:, None], at].float()       # (B, 3, D)
+        return self.rm_head(h)[..., 0]
 
     @torch.no_grad()
-    def score(self, paths, prompts, normalise=True, batch=4):
-        """Scores (B, 3) of video files and their prompts, z-normalised with the checkpoint's constants or
-        raw.
-        """
-        r = []
-        for i in range(0, len(paths), batch):
-            inputs = self.inputs(paths[i:i + batch], prompts[i:i + batch])
-            r.append(self(*(x.to(self.mean.device) for x in inputs)).cpu())
-        return self.normalised(torch.cat(r)) if normalise else torch.cat(r)
+    def score(self, paths, prompts, normalise=True):
+        """Scores (B, 3) of video files and their prompts: z-scores by the checkpoint's constants, or raw."""
+        r = torch.cat([self(*(x.to(self.mean.device) for x in self.inputs([path], [prompt]))).cpu()
+                       for path, prompt in zip(paths, prompts, strict=True)])
+        return finite(self.z_scores(r) if normalise else r, paths)
 
     def score_pairs(self, world, pairs, cache):
-        """Normalised scores (n, 2, 3) of the files of Pairs, A and B; cache: folder of earlier scores."""
+        """Z-scores (n, 2, 3) of the files of Pairs, A and B; cache: folder of earlier scores."""
         paths = [path for pair in pairs.videos for path in pair]
         prompts = [prompt for prompt in pairs.prompts for _ in "AB"]
         return score_videos(self, paths, prompts, cache).view(-1, 2, len(DIMS))
 
     def score_drawn(self, latents, text, files, prompts):
-        """Normalised scores (n, 3) of what a model drew, from its files."""
+        """Z-scores (n, 3) of what a model drew, from its files."""
         return self.score(files, prompts)
 
-    def normalised(self, r):
-        """Raw scores r (.., 3) as z-scores; raw, which is said once, where the file has no constants."""
-        if self.mean.isnan().any():
-            if not getattr(self, "said", False):
-                print("the checkpoint has no normalisation constants: these scores are raw")
-            self.said = True
-            return r
+    def z_scores(self, r):
+        """Raw scores r (.., 3) less the mean of the validation set, in units of its standard deviation."""
         return (r - self.mean.to(r)) / self.std.to(r)
 
     def trainable(self, seed=0):
@@ -374,71 +357,65 @@ class VideoReward(nn.Module):
         what the Qwen2-VL is.
         """
         save_tensors(self.state_dict(), folder / "reward.safetensors", metadata)
-        known = {} if self.mean.isnan().any() else {"mean": self.mean.tolist(), "std": self.std.tolist()}
-        write_json(folder / "model_config.json", {"settings": self.settings | known})
+        constants = {"mean": self.mean.tolist(), "std": self.std.tolist()}
+        write_json(folder / "model_config.json", {"settings": self.settings | constants})
         self.qwen.config.save_pretrained(folder / "base")
         self.tokenizer.save_pretrained(folder / "base")
 
     def load(self, tensors, source, dtype=None):
-        """Take these tensors, LoRA merged, as weights: Qwen2-VL in dtype, head and rows in fp32; source:
-        their name.
+        """Take these tensors, LoRA merged, as weights: Qwen2-VL in dtype, head and rows in fp32; returns the
+        model.
 
-        dtype None is fp32, or bf16 beside a GPU.
+        source: their name, for messages. dtype None is fp32, or bf16 beside a GPU. self.identity becomes a
+        short name for weights, settings and precision, by which cached scores know their reward.
         """
         dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-        self.identity = identity(tensors, self.settings, dtype)
+        # a few numbers of each tensor tell it: training moves them all
+        starts = {k: v.flatten()[:16].float().tolist() for k, v in sorted(tensors.items())}
+        self.identity = short_hash(self.settings, str(dtype), starts)
         merge_adapters(tensors, self.settings)
         if len(tensors.get(EMBEDDING, ())) == len(self.tokenizer):
             tensors.setdefault("rows", tensors[EMBEDDING][self.token_ids])
-        cast = {k: v.to(dtype if k.startswith("qwen.") else torch.float32) for k, v in tensors.items()}
-        load_strict(self, cast, source)
+        load_strict(self, tensors, source)
+        for name, p in self.named_parameters():
+            p.data = p.data.to(dtype if name.startswith("qwen.") else torch.float32)
         return self
 
     @classmethod
-    def from_base(cls, base, reward_token="special", template=None):
-        """An untrained VideoReward on a Qwen2-VL folder or hub repository: a new head, and new tokens if
-        special.
-        """
-        text = read_template(template) if template else RUBRIC
-        settings = SETTINGS | {"reward_token": reward_token, "template": text}
-        if reward_token != "special":                                    # Table 6, row III: one place for all
-            plain = re.sub("|".join(map(re.escape, TOKENS)), "", text)
-            settings |= {"output_dim": len(DIMS), "template": plain}
-        folder = fetch(base, [*BASE_FILES, "*.safetensors"])
-        config, tokenizer = read_base(folder, folder, reward_token == "special")
-        reward = cls(config, tokenizer, settings)
-        nn.init.normal_(reward.rm_head.weight, std=0.02)
-        head = {"rm_head.weight": reward.rm_head.weight.detach()}
-        return reward.load(read_base_weights(folder, len(tokenizer)) | head, base)
+    def from_base(cls, base, template=None):
+        """An untrained VideoReward on a Qwen2-VL folder or hub repository, with a new head and new tokens."""
+        settings = SETTINGS | {"template": read_template(template) if template else RUBRIC}
+        folder = fetch(base, [*BASE_FILES, "*.safetensors*"])
+        config, tokenizer = read_base(folder, folder)
+        tensors = read_base_weights(folder, len(tokenizer))
+        tensors["rm_head.weight"] = 0.02 * torch.randn(1, config.text_config.hidden_size)
+        return cls(config, tokenizer, settings).load(tensors, base)
 
     @classmethod
     def from_pretrained(cls, checkpoint, base=None, template=None, dtype=None):
-        """The VideoReward of a folder or hub repository, its LoRA merged, in eval mode.
+        """The VideoReward of a folder or hub repository, see find_checkpoint, its LoRA merged, in eval mode.
 
-        Read are the authors' layouts, model_config.json beside checkpoint-<step>/ (the highest) with a whole
-        model or an adapter, and what save writes. base: the Qwen2-VL, if not the one that the checkpoint
-        names; template: the file for read_template; dtype: of Qwen2-VL, see load.
+        base: the Qwen2-VL, if not the one that the checkpoint names; template: the file for read_template;
+        dtype: of Qwen2-VL, see load.
         """
-        folder, step = locate(checkpoint)
+        folder, files = find_checkpoint(checkpoint)
         settings, named = read_settings(folder, template)
-        own, full = step / "reward.safetensors", step / "model.pth"
-        adapter = not own.exists() and not full.exists()
-        base = fetch(base or named, [*BASE_FILES, "*.safetensors"] if adapter else BASE_FILES)
-        words = step / "tokenizer" if (step / "tokenizer").is_dir() else base
-        config, tokenizer = read_base(base, words, settings["reward_token"] == "special")
-        if adapter:                               # the later wins: an adapter may hold the embeddings as well
-            tensors = {**read_base_weights(base, len(tokenizer)),
-                       **our_names(unpickle(step / "non_lora_state_dict.pth")),
-                       **our_names(read_tensors(step / "adapter_model.safetensors")[0])}
-        else:
-            tensors = our_names(read_tensors(own)[0] if own.exists() else unpickle(full))
-        return cls(config, tokenizer, settings).load(tensors, step, dtype).eval().requires_grad_(False)
+        is_adapter, words = len(files) > 1, files[0].parent / "tokenizer"
+        base = fetch(base or named, [*BASE_FILES, "*.safetensors*"] if is_adapter else BASE_FILES)
+        config, tokenizer = read_base(base, words if words.is_dir() else base)
+        tensors = read_base_weights(base, len(tokenizer)) if is_adapter else {}
+        for file in files:                        # the later wins: an adapter may hold the embeddings as well
+            tensors |= our_names(unpickle(file) if file.suffix == ".pth" else read_tensors(file)[0])
+        reward = cls(config, tokenizer, settings).load(tensors, files[0].parent, dtype)
+        if (reward.std == 1).all():
+            print(f"{checkpoint} has no constants to normalise by: its scores are raw")
+        return reward.eval().requires_grad_(False)
 
 
 # ---- VideoReward: what its files hold ----
 
 EMBEDDING = "qwen.language_model.embed_tokens.weight"
-BASE_FILES = ["config.json", "*token*", "vocab.json", "merges.txt", "chat_template*"]
+BASE_FILES = ["config.json", "*token*", "chat_template*"]
 CHECKPOINT_FILES = ["model_config.json", "checkpoint-*/*.safetensors", "checkpoint-*/*.pth",
                     "checkpoint-*/tokenizer/*", "reward.safetensors", "base/*"]
 
@@ -466,65 +443,62 @@ def unpickle(path):
     return tensors
 
 
-def locate(checkpoint):
-    """(folder of model_config.json, folder of the weights) of a checkpoint: itself, or the last of its steps.
+def find_checkpoint(checkpoint):
+    """(folder of model_config.json, files of the weights) of a VideoReward in one of three layouts: what save
+    writes, or of the authors' last checkpoint-<step>/ a whole model, or an adapter's two files.
     """
     folder = fetch(checkpoint, CHECKPOINT_FILES)
     steps = {int(p.name[11:]): p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()}
-    if not (folder / "model_config.json").exists() or not (steps or (folder / "reward.safetensors").exists()):
-        raise UserError(f"{checkpoint} is no VideoReward: it must hold model_config.json, and "
-                        "checkpoint-<step>/ or reward.safetensors")
-    return folder, steps[max(steps)] if steps else folder
+    last = steps[max(steps)] if steps else folder
+    for files in ([folder / "reward.safetensors"], [last / "model.pth"],
+                  [last / "non_lora_state_dict.pth", last / "adapter_model.safetensors"]):
+        if all(file.exists() for file in [folder / "model_config.json", *files]):
+            return folder, files
+    raise UserError(f"{checkpoint} is no whole VideoReward: model_config.json or the weights are missing")
 
 
 def read_settings(folder, template):
     """(settings, the Qwen2-VL they name) of a checkpoint's model_config.json, whose sections are read as one.
+    UserError names a setting that asks for what is not supported.
     """
-    raw = {k: v for section in read_json(folder / "model_config.json").values() if isinstance(section, dict)
+    file = folder / "model_config.json"
+    raw = {k: v for section in read_json(file).values() if isinstance(section, dict)
            for k, v in section.items()}
-    settings = SETTINGS | {k: v for k, v in raw.items() if k in (*SETTINGS, "template")}
+    if raw.get("use_special_tokens"):                              # the released one calls its token "last"
+        raw["reward_token"] = "special"
+    for key, known in FIXED.items():
+        if raw.get(key, known) != known:
+            raise UserError(f"{file}: only {key} = {known!r} is supported, not {raw[key]!r}")
+    settings = {k: raw.get(k, default) for k, default in SETTINGS.items()}
     for name in ("mean", "std"):                                          # the authors' are VQ_mean and so on
         constants = [raw.get(f"{dim}_{name}") for dim in DIMS]
         settings[name] = settings[name] if None in constants else constants
-    if raw.get("use_special_tokens"):
-        settings["reward_token"] = "special"
-    special = settings["reward_token"] == "special"
-    for key, known in (("prompt_template_type", (None, "detailed_special")), ("sample_type", ("uniform",)),
-                       ("reward_token", ("special", "last")), ("output_dim", (1, 3) if special else (3,))):
-        if (value := settings.get(key, raw.get(key))) not in known:
-            raise UserError(f"{folder}/model_config.json: only {key} = {known[-1]!r} is known, not {value!r}")
-    if "template" in settings and template:
+    if template and "template" in raw:
         raise UserError(f"{folder} knows the prompt that it was trained with: leave --template out")
-    if "template" not in settings and not template:
-        raise UserError(f"{folder} was trained with its authors' prompt, which is not copied here: take "
-                        "prompt_template.py from their repository KwaiVGI/VideoAlign, by --template")
-    if template:
-        settings["template"] = read_template(template)
+    if not template and "template" not in raw:
+        raise UserError(f"{folder} needs --template: prompt_template.py from the authors' KwaiVGI/VideoAlign")
+    settings["template"] = read_template(template) if template else raw["template"]
     base = folder / "base" if (folder / "base").is_dir() else raw.get("model_name_or_path")
     if not base:
-        raise UserError(f"{folder}/model_config.json names no Qwen2-VL: name one as the base")
+        raise UserError(f"{file} names no Qwen2-VL: name one as the base")
     return settings, base
 
 
-def read_base(base, words, special):
+def read_base(base, words):
     """(config, tokenizer) of a Qwen2-VL; words: the folder of the tokenizer, to which the three tokens are
     added.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2VLConfig
+    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
     if not is_qwen(base):
         raise UserError(f"{base} is not a Qwen2-VL: its config.json must say so")
-    as_it_stands = (words / "tokenizer.json").exists()                         # AutoTokenizer would change it
-    kind = PreTrainedTokenizerFast if as_it_stands else AutoTokenizer
-    try:
-        config, tokenizer = Qwen2VLConfig.from_pretrained(base), kind.from_pretrained(words)
+    try:                                                                       # AutoTokenizer would change it
+        config = Qwen2VLConfig.from_pretrained(base)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(words)
     except (OSError, ValueError) as e:
         raise UserError(f"{words} holds no tokenizer that can be read: {str(e).splitlines()[0]}") from None
-    if tokenizer.chat_template is None and (base / "chat_template.json").exists():   # beside older processors
-        tokenizer.chat_template = read_json(base / "chat_template.json")["chat_template"]
     if tokenizer.chat_template is None or "<|video_pad|>" not in tokenizer.get_vocab():
         raise UserError(f"{words} holds no tokenizer of a Qwen2-VL: no chat template, or no <|video_pad|>")
-    if special:
-        tokenizer.add_tokens(list(TOKENS), special_tokens=True)
+    tokenizer.add_tokens(list(TOKENS), special_tokens=True)
     return config, tokenizer
 
 
@@ -537,95 +511,82 @@ def our_names(tensors):
     named = {}
     for key, value in tensors.items():
         key = key.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
-        if not key.startswith(("qwen.", "rm_head.", "lm_head.")) and key != "rows":
-            key = key.removeprefix("model.")
-            own = key.startswith(("visual.", "language_model."))
-            key = f"qwen.{key}" if own else f"qwen.language_model.{key}"
+        key = re.sub(r"^(model\.)?(visual|language_model)\.", r"qwen.\2.", key)
+        key = re.sub(r"^model\.", "qwen.language_model.", key)
         if not key.startswith("lm_head."):
-            named[key + ".weight" if key.endswith((".lora_A", ".lora_B")) else key] = value
+            named[re.sub(r"(lora_[AB])\.weight$", r"\1", key)] = value
     return named
+
+
+def weight_files(folder):
+    """The safetensors files of a folder of transformers: those that its index names, if it has one."""
+    index = folder / "model.safetensors.index.json"
+    names = read_json(index)["weight_map"].values() if index.exists() else ["model.safetensors"]
+    return [folder / name for name in sorted(set(names))]
 
 
 def read_base_weights(folder, vocabulary):
     """The weights of a Qwen2-VL folder, its embedding cut or grown to this many rows, as transformers would.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    tensors = our_names({k: v for file in files for k, v in read_tensors(file)[0].items()})
-    if EMBEDDING not in tensors:
-        raise UserError(f"{folder} holds no safetensors of a Qwen2-VL")
-    rows = tensors[EMBEDDING][:vocabulary]
-    more = 0.02 * torch.randn(vocabulary - len(rows), rows.shape[1], generator=rng("rows"))
-    tensors[EMBEDDING] = torch.cat([rows, more.to(rows)])
+    tensors = our_names({k: v for file in weight_files(folder) for k, v in read_tensors(file)[0].items()})
+    if EMBEDDING in tensors:                                                    # else load_strict misses it
+        rows = tensors[EMBEDDING][:vocabulary]
+        more = 0.02 * torch.randn(vocabulary - len(rows), rows.shape[1], generator=rng("rows"))
+        tensors[EMBEDDING] = torch.cat([rows, more.to(rows)])
     return tensors
 
 
 def merge_adapters(tensors, settings):
     """Replace every W, lora_A, lora_B by W + scale B A, in fp32 and in place."""
-    for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
-        name = key.removesuffix(".lora_A.weight")
-        if f"{name}.weight" not in tensors or f"{name}.lora_B.weight" not in tensors:
-            raise UserError(f"the adapter's {name} has no lora_B, or the base has no such layer")
-        A, B = tensors.pop(key).float(), tensors.pop(f"{name}.lora_B.weight").float()
-        scale = settings["lora_alpha"] / (len(A) ** 0.5 if settings["use_rslora"] else len(A))
-        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() + scale * B @ A
+    for name in [k.removesuffix(".lora_A") for k in tensors if k.endswith(".lora_A")]:
+        if {f"{name}.weight", f"{name}.lora_B"} <= tensors.keys():              # else load_strict refuses it
+            A, B = tensors.pop(f"{name}.lora_A").float(), tensors.pop(f"{name}.lora_B").float()
+            added = settings["lora_alpha"] / len(A) * B @ A
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() + added
 
 
-def identity(tensors, settings, dtype):
-    """A short name for these weights, settings and precision, by which cached scores know their reward."""
-    digest = hashlib.sha256(json.dumps([settings, str(dtype)], sort_keys=True).encode())
-    for key in sorted(tensors):                                          # training moves every tensor's start
-        digest.update(key.encode() + tensors[key].flatten()[:16].float().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def reads(path):
+def kind_of_reward(path):
     """What the reward at path reads, which its files tell: latents of "shapes" or "wan", or "files" of
-    videos.
+    videos; None if no finished reward is there.
     """
-    if path == "oracle":
-        return Oracle.reads
     folder = fetch(path, ["model_config.json", "reward.safetensors"])
     if (folder / "model_config.json").exists():
         return "files"
     file = folder / "reward.safetensors"
-    if (folder.parent / "model_config.json").exists():
-        raise UserError(f"{path} is a checkpoint within a VideoReward: name its parent, {folder.parent}")
-    if not file.exists():
-        raise UserError(f"{path} holds no model_config.json or reward.safetensors: is it a finished run of "
-                        "train_reward.py?")
-    return "shapes" if "world" in metadata_of(file) else "wan"
+    return ("shapes" if "world" in metadata_of(file) else "wan") if file.exists() else None
 
 
 def check_reward(path, world, kinds=None, template=None):
     """Refuse, before any work, a reward that cannot judge what a model of this world draws, or a VideoReward
     without the template that it needs; kinds: what it may read, unset: all that can.
     """
-    kind, kinds = reads(path), kinds or world.reward_inputs
+    kind = "shapes" if path == "oracle" else kind_of_reward(path)
+    kinds = kinds or world.reward_inputs
     if kind not in kinds:
-        raise UserError(f"{path} reads {kind}, and one that reads {' or '.join(kinds)} is needed: name "
-                        "another run of train_reward.py")
+        found = f"reads {kind}" if kind else "holds no finished reward (or one above checkpoint-<step>/)"
+        raise UserError(f"{path} {found}: name a run of train_reward.py that reads {' or '.join(kinds)}")
     if kind == "files":
-        read_settings(locate(path)[0], template)
+        read_settings(find_checkpoint(path)[0], template)
     if kind == "wan":
         channels = json.loads(metadata_of(fetch(path, []) / "reward.safetensors")["config"])["in_channels"]
         if channels != world.channels:
             raise UserError(f"{path} reads {channels} latent channels, and this Wan has {world.channels}")
 
 
-def load_reward(path, base=None, template=None, dtype=None, device="cpu"):
-    """The reward at path, on the device: a VideoReward, its Qwen2-VL in dtype, the LatentReward of a run
-    folder, or for "oracle" the truth.
+def load_reward(path, base=None, template=None, device="cpu"):
+    """The reward at path, in fp32 and on the device: a VideoReward, the LatentReward of a run folder, or for
+    "oracle" the truth.
     """
     if path == "oracle":
         return Oracle()
-    if reads(path) == "files":
-        return VideoReward.from_pretrained(path, base, template, dtype).to(device)
+    if kind_of_reward(path) == "files":
+        return VideoReward.from_pretrained(path, base, template, torch.float32).to(device)
     return LatentReward.from_pretrained(path).to(device)
 
 
 def score_videos(reward, paths, prompts, cache):
-    """VideoReward's normalised scores (n, 3) of video files and their prompts; each distinct pair is scored once,
-    and the raw scores are kept in the folder cache. Each rank scores its share. UserError names a bad video.
+    """VideoReward's z-scores (n, 3) of video files and their prompts; each distinct pair is scored once, and
+    the raw scores are kept in the folder cache. Each rank scores its share. UserError names a bad video.
     """
     files = [cached_file(cache, "score", reward.identity, known_hash(cache, path), prompt)
              for path, prompt in zip(paths, prompts, strict=True)]
@@ -635,7 +596,7 @@ def score_videos(reward, paths, prompts, cache):
             path, prompt = todo[file]
             save_cached(reward.score([path], [prompt], normalise=False)[0], file)
     all_gather(None)                                                            # every rank's share is there
-    return reward.normalised(torch.stack([load_cached(file) for file in files]))
+    return finite(reward.z_scores(torch.stack([load_cached(file) for file in files])), paths)
 
 
 # ---- how good is a reward? ----
@@ -669,10 +630,13 @@ def accuracy_with_ties(label, d):
     return (right + gain[ends].max().clamp(min=0)).item() / len(label)
 
 
-def accuracies(label, d):
-    """{"VQ": {"with": .., "without": ..}, ..} for label and d (n, 4), columns VQ, MQ, TA, Overall."""
+def accuracies(label, r):
+    """{"VQ": {"with": .., "without": ..}, ..} of z-scores r (n, 2, 3) of A and B, for the columns VQ, MQ, TA,
+    Overall of label (n, 4) in which any pair is labelled.
+    """
+    d = with_overall(r[:, 0] - r[:, 1])
     return {dim: {"with": accuracy_with_ties(h, m), "without": accuracy_without_ties(h, m)}
-            for dim, h, m in zip((*DIMS, "Overall"), label.T, d.T)}
+            for dim, h, m in zip((*DIMS, "Overall"), label.T, d.T) if not h.isnan().all()}
 
 
 # ---- the scores of a video, from the command line ----
@@ -684,43 +648,32 @@ class Args:
     ckpt: str = "assets/reward"             # run folder of a reward; for VideoReward also a hub repository
     template: str | None = None             # the authors' prompt_template.py, which their checkpoint needs
     base: str | None = None                 # Qwen2-VL folder, if not the one that the checkpoint names
-    raw: bool = False                       # print VideoReward's scores as they are, not normalised
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of VideoReward's Qwen2-VL; bf16 moves raw scores by up to 0.3
 
 
 def main(args):
     """Print the scores of videos, or of a few random ones of Shapes world; returns them (B, 3)."""
-    if args.ckpt == "oracle":
-        raise UserError("the oracle stands beside every reward of the toy: name a reward")
+    check_reward(args.ckpt, Shapes(), ("shapes", "files"), args.template)
     for path in args.video:
         check_video(path)
-    names, prompts, truth = args.video, [args.prompt] * len(args.video), None
-    if reads(args.ckpt) == "files":
+    names, prompts = args.video, [args.prompt] * len(args.video)
+    if kind_of_reward(args.ckpt) == "files":
         if not (args.video and args.prompt):
             raise UserError("VideoReward scores video files: name some, and by --prompt what they shall show")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        reward = load_reward(args.ckpt, args.base, args.template, DTYPES[args.dtype], device)
-        scores = reward.score(args.video, prompts, not args.raw)
+        scores = load_reward(args.ckpt, args.base, args.template, device).score(args.video, prompts)
     else:
-        check_reward(args.ckpt, Shapes())
         if args.video:
             x0 = torch.stack([read_shapes(path) for path in args.video])
         else:
             x0, prompts = flawed_videos(8, "eval", rng(0))
             x0, names = x0.float(), prompts
-        scores = load_reward(args.ckpt).score_clean(x0, Shapes().embed(prompts))
-        truth = oracle(x0, prompts)
-    head = ["", *DIMS, "Overall"]
+        scores = load_reward(args.ckpt).score_clean(x0, Shapes().embed(prompts), names)
+        names = [f"{name} (oracle: {caption_of(x)})" for name, x in zip(names, oracle(x0, prompts))]
     rows = [[name, *(f"{x:+.3f}" for x in r)] for name, r in zip(names, with_overall(scores).tolist())]
-    if truth is not None:
-        head, rows = [*head, "oracle, 0 to 1"], [[*row, caption_of(x)] for row, x in zip(rows, truth)]
-    print(markdown(head, rows))
-    print("normalised, 0 is an average video and negative is normal; raw, the sign means nothing")
+    print(markdown(["", *DIMS, "Overall"], rows))
+    print("z-scores: 0 is an average video, and negative is normal")
     return scores
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if words and not words[0].startswith("-"):                                  # files alone are videos
-        words = ["--video", *words]
-    launch(main, Args, __doc__, words)
+    launch(main, Args, __doc__)
