@@ -317,9 +317,9 @@ def test_the_start_of_an_alignment_is_drawn_once_and_kept_by_all_that_it_depends
         return align(runs, tmp_path / name, steps=1, eval_n=2, cache=f"{tmp_path}/cache", **changes)
     first = judged("first")
     assert len(drawn) == 2
-    again = judged("again", loss="sft")                                         # another run from the same start
+    again = judged("again", loss="sft")  # another run from the same start
     assert len(drawn) == 1 and again["oracle_start"] == first["oracle_start"]
-    for changes in (dict(seed=1), dict(dtype="bf16"), dict(model=f"{tmp_path}/first")):     # adapters on the base
+    for changes in (dict(seed=1), dict(dtype="bf16"), dict(model=f"{tmp_path}/first")):  # adapters on the base
         judged(f"other{len(str(changes))}", **changes)
         assert len(drawn) == 2, changes
 
@@ -513,7 +513,7 @@ def test_pairs_are_read_in_the_layouts_that_are_documented(tmp_path):
     row = '{"prompt": "p", "chosen": "b", "rejected": "a"}'
     assert read_pairs(tmp_path, f"[{row}, {row}]").lines == [1, 2]
     assert read_pairs(tmp_path, row, "", row).lines == [1, 3]
-    unlabelled = read_pairs(tmp_path, JSON_ROW.replace('"A"', "NaN").replace(".mp4", ""))   # as pandas writes None
+    unlabelled = read_pairs(tmp_path, JSON_ROW.replace('"A"', "NaN").replace(".mp4", ""))  # as pandas writes None
     assert unlabelled.label.isnan().all()
     with refusing("wanted are prompt, chosen, rejected"):                       # others are not guessed at
         read_pairs(tmp_path, "prompt,video1_path,video2_path,standard_answer", "p,a,b,video1")
@@ -636,7 +636,7 @@ def test_a_damaged_video_says_how_much_of_it_can_be_decoded(tmp_path):
     with av.open(str(tmp_path / "a.mp4")) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
     content = bytearray((tmp_path / "a.mp4").read_bytes())
-    for place, size in sorted(packets)[12:]:                                    # it opens, and breaks in the middle
+    for place, size in sorted(packets)[12:]:  # it opens, and breaks in the middle
         content[place:place + size] = bytes(size)
     (tmp_path / "late.mp4").write_bytes(content)
     for look in (lambda path: data.read_video(path, [19]), data.read_video, reward.check_video):
@@ -662,7 +662,7 @@ def test_a_video_is_read_as_players_show_it_and_a_clip_is_a_stretch_of_its_time(
     film(tmp_path / "uneven.mp4", grey, ms=[0, 100, 200, 300, 320, 340, 360, 380, 400, 700, 800, 900])
     shown = [0, 0, 1, 1, 2, 3, 6, 8, 8]                                         # at k / 16 s
     assert data.clip_frames(tmp_path / "uneven.mp4", 9).tolist() == shown
-    film(tmp_path / "browser.webm", grey, ms=range(0, 6000, 500), rate=1000)     # six seconds, says 1,000 a second
+    film(tmp_path / "browser.webm", grey, ms=range(0, 6000, 500), rate=1000)  # six seconds, says 1,000 a second
     assert data.video_info(tmp_path / "browser.webm")[1] == pytest.approx(2)
     write_clips(tmp_path, ["whole.txt"], frames=12, fps=24)
     write_clips(tmp_path, ["slow.mp4"], frames=4, fps=8)                        # half a second too
@@ -1205,7 +1205,7 @@ def test_what_changed_under_a_stopped_run_is_told_and_an_ended_run_can_be_made_l
         train_align.main(replace(args, steps=4, resume=True))
     noisy = noisy_args(wan, tmp_path / "noisy", steps=1)
     train_reward.main(replace(noisy))
-    with refusing("--steps 2 is not what .* began with, 1"):                                   # its learning rate hangs on them
+    with refusing("--steps 2 is not what .* began with, 1"):  # its learning rate hangs on them
         train_reward.main(replace(noisy, steps=2, resume=True))
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1309,7 +1309,7 @@ def test_memory_is_told_on_every_system(monkeypatch):
     assert 10**8 < held < total
     monkeypatch.setattr(sys, "platform", "darwin")                              # a Mac counts bytes
     assert train_align.memory("cpu")[0] < held / 500
-    monkeypatch.setitem(sys.modules, "resource", None)                          # and Windows has no such module
+    monkeypatch.setitem(sys.modules, "resource", None)  # and Windows has no such module
     monkeypatch.setattr(sys, "platform", "win32")
     assert train_align.memory("cpu") == (0, 0)
 
@@ -1385,7 +1385,7 @@ def test_a_content_is_encoded_once_and_read_once(wan, tmp_path, monkeypatch):
     assert len(encoded) == 5 and torch.equal(again.latents(pairs, [0, 2, 1]), x0)
     assert opened and ".mp4" not in opened                                 # remembered by path, size and time
     args.frames = 9
-    again.encode(again.read(args), args)                                        # other settings, other latents
+    again.encode(again.read(args), args)  # other settings, other latents
     assert len(encoded) == 9
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: data.save_cached(torch.zeros(50, 50), file), range(50)))
@@ -1870,8 +1870,8 @@ def read_pairs(folder, *lines):
     return data.read_pairs(folder / "pairs.csv")
 
 def film(path, frames, ms=range(0, 4000, 40), aspect=1, cover=False, rate=25):
-    """A video file of frames (T, H, W, 3), shown at these ms and said to be of this rate; its pixels are aspect
-    times as wide as high; before it a cover picture.
+    """A video file of frames (T, H, W, 3), shown at these ms and said to be of this rate; its pixels are
+    aspect times as wide as high; before it a cover picture.
     """
     import av
     with av.open(str(path), "w") as container:
@@ -2096,7 +2096,7 @@ def theirs(tensors, layout=""):
         return "base_model.model." + key.replace("qwen.", "model.")
     return {name(key): value for key, value in tensors.items()}
 
-def released_reward(qwen, dtype=None):
+def released_reward(qwen, dtype=torch.float32):
     released, template = (qwen[0] / name for name in ("released", "prompt_template.py"))
     return reward.VideoReward.from_pretrained(released, template=template, dtype=dtype)
 
