@@ -1565,10 +1565,10 @@ def test_a_person_labels_pairs_in_a_browser_and_training_reads_what_was_saved(tm
         assert page.locator("#results").is_visible() and page.locator("#wins").inner_text().count("%") >= 2
         with page.expect_download() as download:
             page.locator("#save").click()
-        download.value.save_as(tmp_path / "elsewhere/pairs.csv")
+        download.value.save_as(tmp_path / "labels.csv")                           # beside the page
         browser.close()
     assert shown == prompts and not faults
-    pairs = data.read_pairs(tmp_path / "elsewhere/pairs.csv")
+    pairs = data.read_pairs(tmp_path / "labels.csv")
     assert pairs.prompts == [prompts[0], prompts[1], prompts[3]]
     assert [path.parent.name for path in map(Path, pairs.videos[0])] == ["a", "b"]
     turn = [-1 if swap else 1 for swap in swapped]
@@ -1727,6 +1727,21 @@ def main_killed(script, args, step, monkeypatch):
 
 def torchrun(folder, code, **settings):
     """What came of this code in two processes, which know train_align; one torchrun, as its start takes long.
+def test_saved_labels_name_their_files_from_the_page_wherever_it_is_opened(tmp_path):
+    if shutil.which("node") is None:
+        pytest.skip("needs node")
+    names = ["a cat-0.mp4", "a/50% off #1 'now' \u65e5\u672c-0.mp4"]
+    write_clips(tmp_path, names)
+    data.label_page(tmp_path / "label.html", [("a cat", *(tmp_path / name for name in names))])
+    page = (tmp_path / "label.html").read_text(encoding="utf-8")
+    code = re.search(r"function path\(.*?\n}\n", page, re.S)[0]
+    [pair] = json.loads(re.search('json">(.*?)</script>', page)[1])["pairs"]
+    for place, there in (("http://gpu:8000/", ""), ("file:///work/", ""), ("file://nas/share/", "//nas/share/")):
+        script = (f"const location = {{ href: '{place}label.html' }};\n{code}"
+                  f"console.log(JSON.stringify({json.dumps(pair['videos'])}.map(path)))")
+        out = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True).stdout
+        assert json.loads(out) == [there + name for name in names]
+
     They take leave of each other at the end: one that is gone early can make the other one fail.
     """
     (folder / "two.py").write_text("import torch, data, train_align\nfrom train_align import Args, main\n"
