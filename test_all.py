@@ -143,12 +143,13 @@ def test_8_euler_hits_a_gaussian_and_nrg_its_tilted_mean_but_not_with_the_wrong_
     def noisy_reward(x, t):                                 # E[r | xt] of r(x0) = 2 x0, up to a constant
         return 2 * mean_x0(x, t).float()
     eps, ts = torch.randn(20000, 1, generator=rng(0), dtype=torch.float64), timesteps(200).double()
-    x, ratios = euler(velocity, eps, ts), []
+    x = euler(velocity, eps, ts)
     assert abs(x.mean() - 0.700) < 0.01 and abs(x.std() - 0.496) < 0.01
     # the target of guidance by w = 2 is N(mu + 2 w s^2, s^2) = N(1.7, s^2)
-    x = euler(nrg(velocity, noisy_reward, rg_scale=2.0, dim_w=(1.0,), ratios=ratios), eps, ts)
+    guided = nrg(velocity, noisy_reward, rg_scale=2.0, dim_w=(1.0,))
+    x = euler(guided, eps, ts)
     assert abs(x.mean() - 1.7) < 0.02 and abs(x.std() - 0.496) < 0.01
-    assert len(ratios) == 199                                                   # t = 1 is skipped
+    assert torch.equal(guided(eps, ts[0]), velocity(eps, ts[0]))                # t = 1 is skipped
     assert euler(nrg(velocity, noisy_reward, rg_scale=-2.0, dim_w=(1.0,)), eps, ts).mean() < -0.2
     v, guided = velocity(eps, ts[9]), nrg(velocity, noisy_reward, 1000.0, (1.0,), max_ratio=0.1)(eps, ts[9])
     assert torch.allclose((guided - v).abs(), 0.1 * v.abs(), rtol=1e-3)         # no more than its share
@@ -344,18 +345,74 @@ def test_flawless_videos_close_the_whole_gap_and_the_start_none_of_it():
     start, now, end = (part[name]["TA"] for name in ("oracle_start", "oracle", "oracle_clean"))
     assert part["gap_closed"]["TA"] == pytest.approx((now - start) / (end - start), abs=1e-3)
     assert whole["oracle"]["TA"] == pytest.approx(end, abs=0.01)
+    assert part["gap_closed_best"] == part["gap_closed"]                        # start is at its best
+    best = sample.evaluate(half, flawed, prompts, best=half)
+    assert set(best["gap_closed_best"].values()) == {0.0} and best["gap_closed"] == part["gap_closed"]
 
-def test_a_table_of_scores_has_means_and_spreads(capsys):
-    def result(start, now, closed, distance):
-        rows = {"oracle_start": start, "oracle": now, "gap_closed": closed}
-        return {key: dict(zip((*DIMS, "Overall"), row)) for key, row in rows.items()} | {"distance": distance}
-    a = result((0.2, 0.5, 0.8), (0.3, 0.4, 0.5), (1.0, 0.03, 0.3, -0.2), 0.25)
-    b = result((0.0, 0.5, 1.0), (0.1, 0.2, 0.3), (0.0, 0.01, 0.5, -0.1), 0.5)
-    sample.print_scores({"half": [a, b], "alone": [b]})
-    assert capsys.readouterr().out.strip().splitlines()[2:] == [
-        "| half | -15 ± 7 | 50 ± 71 (0.10 ± 0.14 to 0.20 ± 0.14) | 2 ± 1 (0.50 ± 0.00 to 0.30 ± 0.14) | "
-        "40 ± 14 (0.90 ± 0.14 to 0.40 ± 0.14) | 0.3750 ± 0.1768 |",
-        "| alone | -10 | 0 (0.00 to 0.10) | 1 (0.50 to 0.20) | 50 (1.00 to 0.30) | 0.5000 |"]
+def test_the_start_is_also_drawn_at_its_best_guidance_from_the_same_noise(runs, tmp_path):
+    here, there = (sample.main(job("win rates", runs, tmp_path / f"{cfg}", cfg=cfg)[1]) for cfg in (4.5, 2.5))
+    assert here["gap_closed_best"] == here["gap_closed"] and there["gap_closed_best"] != there["gap_closed"]
+    end, begin, goal = (x["VQ"] for x in (there["oracle"], here["oracle_start"], there["oracle_clean"]))
+    assert there["gap_closed_best"]["VQ"] == pytest.approx((end - begin) / (goal - begin), abs=1e-2)
+
+def write_run(folder, result, **args):
+    """A finished run's folder with these results and arguments."""
+    folder.mkdir(parents=True)
+    data.write_json(folder / "config.json", {"args": args | {"out": str(folder)}})
+    dims = (*DIMS, "Overall")
+    data.write_json(folder / "eval.json", {"win_rate": dict.fromkeys(dims, 0.5), "n": 4} | {
+        key: dict(zip(dims, x)) if isinstance(x, tuple) else x for key, x in result.items()})
+    return folder
+
+def rows_of_table(capsys, *folders):
+    """The cells of the rows that --compare prints of these runs, without the table's head."""
+    capsys.readouterr()
+    sample.main(sample.Args(compare=list(map(str, folders))))
+    lines = capsys.readouterr().out.splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[0] == "|"][2:]
+
+def test_a_table_has_each_measure_with_means_and_spreads(tmp_path, capsys):
+    runs = []
+    for seed, closed, far in ((0, (1, .03, .3, -.2), 0.25), (1, (0, .01, .5, -.1), 0.5)):
+        result = dict(gap_closed=closed, oracle=(.3, .4, .5), distance=far)
+        runs.append(write_run(tmp_path / f"{seed}", result, seed=seed))
+    alone = write_run(tmp_path / "alone", {"win_rate_reward": (.25, .5, .5, .75)}, seed=0, cfg=2.5)
+    name = str(runs[0])
+    assert rows_of_table(capsys, *runs, alone) == [
+        ["wins, %", "oracle", name, "4.5", *["50.0 ± 0.0"] * 4, "2 x 4"],
+        ["wins, %", "oracle", str(alone), "2.5", *["50.0"] * 4, "1 x 4"],
+        ["wins, %", "reward", str(alone), "2.5", "75.0", "25.0", "50.0", "50.0", "1 x 4"],
+        ["gap closed, %", "oracle", name, "4.5", "-15 ± 7", "50 ± 71", "2 ± 1", "40 ± 14", "2 x 4"],
+        ["mean score after", "oracle", name, "4.5", "", "0.30 ± 0.00", "0.40 ± 0.00", "0.50 ± 0.00", "2 x 4"],
+        ["distance", "", name, "4.5", "0.3750 ± 0.1768", "", "", "", "2 x 4"]]
+
+def test_runs_are_one_row_if_seeds_alone_tell_them_apart_however_far_back(tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path / f"{seed}/dpo", {}, seed=seed, lr=1.0)
+        write_run(tmp_path / f"{seed}/sft", {}, seed=seed, lr=2.0)
+        write_run(tmp_path / f"{seed}/own", {}, seed=seed, lr=1.0, pairs=f"{tmp_path}/{seed}/dpo/pairs.csv")
+        (tmp_path / f"{seed}/dpo/pairs.csv").touch()
+    again = write_run(tmp_path / "again", {}, seed=0, lr=1.0)                   # by other code
+    drawn = [write_run(tmp_path / f"drawn {i}", {}, seed=seed, cfg=1.0, ckpt=[f"{tmp_path}/{place}"])
+             for i, (seed, place) in enumerate(((0, "0/dpo"), (0, "1/dpo"), (0, "0/sft")))]
+    def rows(*folders):
+        return [row[-1] for row in rows_of_table(capsys, *folders)]
+    assert rows(tmp_path / "0/dpo", tmp_path / "1/dpo") == ["2 x 4"] == rows(*drawn[:2])
+    assert rows(tmp_path / "0/own", tmp_path / "1/own") == ["2 x 4"] and rows(*[again] * 2) == ["1 x 4"]
+    assert rows(tmp_path / "0/dpo", again) == rows(tmp_path / "0/dpo", tmp_path / "0/sft") == ["1 x 4"] * 2
+    assert rows(drawn[0], drawn[2]) == ["1 x 4"] * 2
+
+def test_validation_runs_choose_the_guidance_at_which_held_out_ones_are_shown(tmp_path, capsys):
+    def run(cfg, split, seed, closed):
+        result = {"gap_closed_best": (0, 0, 0, closed)}
+        return write_run(tmp_path / f"{cfg}{split}{seed}", result, cfg=cfg, split=split, seed=seed)
+    scores = {1.5: (.1, .9), 2.5: (.6, .7), 4.5: (.3, .3)}
+    val = [run(cfg, "val", seed, x) for cfg, seeds in scores.items() for seed, x in enumerate(seeds)]
+    held_out = [run(cfg, "eval", seed, .2) for cfg in scores for seed in (0, 1)]
+    shown = [row[2:4] + row[-1:] for row in rows_of_table(capsys, *val, *held_out)]
+    assert shown == [[str(held_out[2]), "2.5", "2 x 4"]] * 2                    # wins, and the gap from 4.5
+    assert {row[3] for row in rows_of_table(capsys, *held_out)} == {"1.5", "2.5", "4.5"}
+    assert {row[3] for row in rows_of_table(capsys, *val)} == {"1.5", "2.5", "4.5"}
 
 def test_a_hacked_reward_is_named_and_a_good_run_is_not():
     video = clean_videos(PROMPTS[::4])
@@ -371,29 +428,76 @@ def test_a_hacked_reward_is_named_and_a_good_run_is_not():
     assert re.search(r"but motion fell from 0\.\d+ to 0.000$", said(still))
     assert "the oracle prefers them in 30% only" in said(oracle=0.3)
 
-def test_runs_are_compared_in_one_table_with_seeds_together_and_drawn_over_any_number(runs, capsys):
+def test_runs_are_drawn_side_by_side_or_over_any_number_or_their_steps(runs, capsys):
     results = {x: sample.main(job("win rates", runs, runs / f"scale{x:g}", rg_scale=x)[1]) for x in (1.0, 30.0)}
-    capsys.readouterr()
-    sample.compare(sample.Compare(compare=[f"{runs}/scale1"] * 2))
-    said = capsys.readouterr().out
-    assert said.count("| scale1 | oracle |") == 1 and said.count(" ± 0.0 |") == 4 and "| 2 x 4 |" in said
-    assert results[1.0]["n"] == 4 and (runs / "compare.webp").exists()
-    args = sample.Compare(compare=[f"{runs}/scale1", f"{runs}/scale30"], x="rg_scale", by=["steps"],
-                          y=["win_rate/VQ", "oracle/VQ"], out=f"{runs}/drawn.png")
-    assert sample.compare(args) == {(y, "steps 2"): {x: [result[y.split("/")[0]]["VQ"]]
-                                                     for x, result in results.items()} for y in args.y}
+    args = sample.Args(compare=[f"{runs}/scale1", f"{runs}/scale30"])
+    sample.main(args)
+    assert "| wins, % | oracle |" in capsys.readouterr().out and (runs / "compare.webp").exists()
+    args = replace(args, x="rg_scale", by=["steps"], y=["win_rate/VQ", "oracle/VQ"], out=f"{runs}/drawn.png")
+    assert sample.main(args) == {(y, "steps 2"): {x: [result[y.split("/")[0]]["VQ"]]
+                                                  for x, result in results.items()} for y in args.y}
     assert (runs / "drawn.png").read_bytes()[:4] == b"\x89PNG"
-    assert sample.compare(replace(args, by=["ckpt"])).keys() == {(y, "base") for y in args.y}
-    lines = sample.compare(replace(args, compare=[f"{runs}/base"], x="step", by=[], y=["loss"]))
+    assert sample.main(replace(args, by=["ckpt"])).keys() == {(y, "ckpt base") for y in args.y}
+    lines = sample.main(replace(args, compare=[f"{runs}/base"], x="step", by=[], y=["loss"]))
     events = data.read_log(runs / "base")                                       # a log has ten or more
-    assert len(events) >= 10 and {e["step"]: [e["loss"]] for e in events} == lines["loss", "base"]
+    assert len(events) >= 10 and {e["step"]: [e["loss"]] for e in events} == lines["loss", ""]
 
-def test_rewards_are_compared_beside_the_ceiling_and_by_how_they_tell_ties(runs, capsys):
-    sample.compare(sample.Compare(compare=[f"{runs}/reward", f"{runs}/noisy"]))
-    said, ties = capsys.readouterr().out, read(runs / "noisy/eval.json")["differences"]["TA"]
-    assert re.search(r"ceiling.*\n\| reward \|.*\n\| noisy \|", said)
-    cell = f"{ties['tied'][1]:.2f} / {ties['other'][1]:.2f} ({100 * ties['separation']:.0f}) |"
-    assert said.splitlines()[-1].endswith(cell)
+def test_rewards_are_compared_beside_the_ceiling(runs, capsys):
+    sample.main(sample.Args(compare=[f"{runs}/reward", f"{runs}/noisy"]))
+    said, right = capsys.readouterr().out, read(runs / "noisy/eval.json")["by_t"]["0.0"]["Overall"]
+    assert re.search(r"ceiling.*\n\| \S*/reward \|.*\n\| \S*/noisy \|", said)
+    assert said.strip().endswith(f"{100 * right['without']:.1f} / {100 * right['with']:.1f} |")
+
+def test_a_video_that_is_not_finite_ends_the_run_by_its_prompt():
+    m = random_model()
+    m.blocks[1].self_attn.v.weight.data[0, 0] = NAN
+    with refusing(f"the video of '{PROMPTS[0]}' is not finite"):
+        sample.toy_videos(m, PROMPTS[:1], 0, steps=1)
+
+ODD = ("/", "..", " . ", "\u3000", "\\", "C:\\", "\n", "\u2028", '? "<*>" |', "\x00", "\x85", "é.", "x" * 400)
+
+def test_every_name_that_is_written_reads_back_and_is_allowed_everywhere(runs, tmp_path):
+    odd = [" ".join((x, "a", x, PROMPTS[0], x)) for x in ODD]
+    odd += [PROMPTS[0], PROMPTS[0].upper(), f"{PROMPTS[0]} .", f"/ {PROMPTS[0]}"]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in odd))
+    sample.main(sample.Args(model=f"{runs}/base", prompts=f"{tmp_path}/odd.jsonl", n_per_prompt=2, steps=1,
+                            cfg=1.0, reward="oracle", out=f"{tmp_path}/out"))
+    pairs = data.read_pairs(tmp_path / "out/pairs.csv")                         # or it says what is not there
+    names = {Path(path).name for pair in pairs.videos for path in pair}
+    assert names == {file.name for file in (tmp_path / "out").glob("*.mp4")} and len(pairs) == len(odd)
+    assert len({name.lower() for name in names}) == 2 * len(odd)                # no case tells two apart
+    assert {f"{PROMPTS[0]}-0.mp4", f"{PROMPTS[0]} .-0.mp4"} <= names            # as VBench has them
+    assert not any(re.search(r'[<>:"/\\|?*\x00-\x1f]|^[ .]', name) for name in names)
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_killed_sampling_goes_on_to_the_same_files_and_keeps_what_is_there(batch, runs, tmp_path, monkeypatch):
+    args = sample.Args(model=f"{runs}/base", prompt=PROMPTS[:3], n_per_prompt=2, steps=2, batch=batch,
+                       reward=f"{runs}/reward", out=f"{tmp_path}/run", resume=True)
+    sample.main(replace(args, out=f"{tmp_path}/whole"))
+    own, written = sample.write_video, []
+    def until_the_fifth(file, *rest):
+        own(file, *rest)
+        if (tmp_path / "run/003.mp4").exists():
+            raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(sample, "write_video", until_the_fifth)
+        sample.main(args)
+    log = tmp_path / "run/scores.jsonl"
+    assert not (tmp_path / "run/004.mp4").exists() and not (tmp_path / "run/pairs.csv").exists()
+    log.write_text(log.read_text()[:-20])                                       # the last line is cut short
+    monkeypatch.setattr(sample, "write_video", lambda *args: written.append(args[0].stem) or own(*args))
+    sample.main(args)
+    assert written == ["003", "004", "005"]                                     # whole batches of one or three
+    whole, run = ({file.name: file.read_bytes() for pattern in ("*.mp4", "*.csv")
+                   for file in (tmp_path / name).glob(pattern)} for name in ("whole", "run"))
+    assert whole == run and len(run) == 7
+
+def test_without_out_the_next_free_folder_is_taken(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("sample", "sample-2", "sample-3"):
+        sample.main(sample.Args(model=f"{runs}/base", prompt=PROMPTS[:1], steps=1))
+        assert read(tmp_path / "runs" / name / "config.json")["args"]["out"] == f"runs/{name}"
+    assert not list((tmp_path / "runs").glob("*.*"))                            # none was moved
 
 def test_memory_of_sampling_does_not_grow_with_the_number_of_videos(wan, tmp_path, monkeypatch):
     alive, own = [], sample.write_video
@@ -571,7 +675,7 @@ def test_labels_decide_by_their_sign_and_ties_are_dropped():
     assert len(rows) == 60 and (r[:, 0] >= r[:, 1]).all()
 
 def test_on_policy_pairs_are_the_best_and_the_worst_of_what_a_model_drew_and_align_it(runs, tmp_path):
-    sample.main(sample.Args(ckpt=f"{runs}/base", prompt=data.prompts_of("train")[:9], n_per_prompt=2, steps=2,
+    sample.main(sample.Args(ckpt=[f"{runs}/base"], prompt=data.prompts_of("train")[:9], n_per_prompt=2, steps=2,
                             cfg=1.0, reward="oracle", out=f"{runs}/own"))
     args = align_args(runs, tmp_path / "run", pairs=f"{runs}/own/pairs.csv", steps=1, eval_n=1)
     world, one = data.world_of(args.model), runs / "own/000.mp4"
@@ -589,7 +693,8 @@ def test_on_policy_pairs_are_the_best_and_the_worst_of_what_a_model_drew_and_ali
     assert read(tmp_path / "run/config.json")["args"]["labels"] == "human"      # the file's own decide
     assert any(x.any() for name, x in weights(tmp_path / "run/lora.safetensors").items() if "lora_B" in name)
     r = tensor([1, 3, 2, 6, 5, 4])
-    sample.write_pairs(tmp_path / "best.csv", list("abcdef"), ["x"] * 3 + ["y"] * 3, r, 3)
+    files = [tmp_path / f"{name}.mp4" for name in "abcdef"]
+    sample.write_pairs(tmp_path / "best.csv", files, ["x"] * 3 + ["y"] * 3, r, 3)
     assert (tmp_path / "best.csv").read_text().split() == [
         "prompt,chosen,rejected", "x,b.mp4,a.mp4", "y,d.mp4,f.mp4"]
 
@@ -1134,7 +1239,7 @@ def test_every_command_of_the_pages_parses():
     for script, *words in commands + [shlex.split(line)[1:] for line in documented if line[:7] == "python "]:
         assert (HERE / script).exists(), script
         if script in scripts:
-            data.parse_args(entry(scripts[script], words)[1], scripts[script].__doc__, words)
+            data.parse_args(scripts[script].Args, scripts[script].__doc__, words)
 
 HEALTHY = [dict(step=10 * i, loss=0.693 - 0.02 * i, logit=0.05 * i, grad_factor=0.5 - 0.02 * i,
                 margin=0.0003 * i, gap_w=0.0008 * i, gap_l=0.0011 * i, err_ref_w=0.036) for i in range(1, 11)]
@@ -1355,10 +1460,11 @@ def test_sampling_gives_the_latents_and_frames_of_diffusers_pipeline(name, size,
     pipe.scheduler.set_timesteps(4)
     ts = pipe.scheduler.sigmas
     assert (ts[:-1] >= 0.875).unique().numel() == 2                             # both experts are asked
-    x, videos = map(torch.stack, zip(*sample.generate(
+    _, x, videos = zip(*sample.generate(
         sample.load_all([str(wans[name])], world, torch.float32), world, prompts,
         sample.embed_all(world, prompts, "sleeps"), 7, ts, size, cfg_scale=4.0, cfg_low=3.0,
-        negative="sleeps", batch=1)))
+        negative="sleeps", batch=1))
+    x, videos = torch.stack(x), torch.stack(videos)
     assert torch.allclose(x, latents, rtol=0, atol=1e-4)
     assert torch.allclose((videos + 1) / 2, frames.transpose(1, 2), rtol=0, atol=1e-4)
 
@@ -1438,7 +1544,7 @@ def test_each_expert_is_trained_in_its_range_and_its_lora_loads_in_diffusers(wan
     both, one, plain = (sample.load_all(x, world, torch.float32) for x in (runs, runs[:1], [str(folder)]))
     for t, same in ((0.9, True), (0.3, False)):                               # one run beside the plain other
         assert torch.equal(one(*wan_batch(t)), plain(*wan_batch(t))) == same
-    with refusing("of the same expert"):
+    with refusing("must be one of each expert"):
         sample.load_all(runs[:1] * 2, world, torch.float32)
     sample.main(sample.Args(ckpt=runs, prompt=["a cat"], steps=2, against="base", out=f"{tmp_path}/out"))
     assert data.video_info(tmp_path / "out/start/000.mp4")[:2] == (5, 16.0)
@@ -1460,7 +1566,7 @@ def test_a_run_is_sampled_as_it_was_trained_and_with_its_base_in_a_new_place(wan
     shutil.copytree(wan, tmp_path / "there", ignore=shutil.ignore_patterns("dpo", "runs"))
     train_align.main(wan_args(tmp_path / "there", "run", cache=f"{tmp_path}/cache", steps=1))
     args = sample.Args(ckpt=[f"{tmp_path}/there/run"], prompt=["a cat"], out=f"{tmp_path}/drawn")
-    sample.check(args, data.world_of(args.ckpt[0]))
+    sample.check_args(args, data.world_of(args.ckpt[0]))
     assert (args.frames, *args.size, args.shift, args.cfg) == (5, 32, 48, 8.0, 6.0)
     expected = sample.load_model(tmp_path / "there/run")(*wan_batch())
     here = (tmp_path / "there").rename(tmp_path / "here")
@@ -1490,14 +1596,58 @@ def test_14b_is_sampled_with_numbers_of_its_own(wan, tmp_path):
     config = read(wan / "transformer/config.json") | dict(num_attention_heads=40, attention_head_dim=128)
     data.write_json(large / "transformer/config.json", config)
     args = sample.Args(model=str(large), prompt=["a cat"], out=f"{tmp_path}/out")
-    sample.check(args, data.world_of(args.model))
+    sample.check_args(args, data.world_of(args.model))
     assert (args.shift, args.cfg) == (5.0, 5.0)
+
+def test_each_expert_has_a_guidance_of_its_own_and_cfg_alone_is_of_both(wans, tmp_path):
+    folder, world = str(wans["a14b"]), data.world_of(wans["a14b"])
+    model, texts = sample.load_all([folder], world, torch.float32), sample.embed_all(world, ["a cat"])
+    def drawn(ts, high, low):
+        found = sample.generate(model, world, ["a cat"], texts, 0, tensor(ts), (5, 32, 48), high, cfg_low=low)
+        return next(found)[1]
+    for ts, guided in (([1, 0.9], False), ([0.8, 0.0], True)):                  # the boundary is 0.875
+        one, both, low = (drawn(ts, *scales) for scales in ((1, 1), (3, 3), (1, 3)))
+        assert torch.equal(low, both if guided else one) and not torch.equal(one, both)
+    for given, found in (((None, None), (4.0, 3.0)), ((1.0, None), (1.0, 1.0)), ((1.0, 3.0), (1.0, 3.0))):
+        args = sample.Args(model=folder, prompt=["a cat"], cfg=given[0], cfg_low=given[1], out=f"{tmp_path}/out")
+        sample.check_args(args, world)
+        assert (args.cfg, args.cfg_low) == found
+
+def test_all_lora_files_count_and_two_experts_take_two(wan, wans, tmp_path):
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        save_lora(shake_lora(add_lora(sample.load_model(wan), 2, 2.0)), tmp_path / name)
+    files, world = [str(tmp_path / name) for name in "ab"], data.world_of(wan)
+    one, both = (sample.load_all([str(wan)], world, torch.float32, files[:n])(*wan_batch()) for n in (1, 2))
+    joined = load_lora(load_lora(sample.load_model(wan), files[0]), files[1])(*wan_batch())
+    assert torch.equal(both, joined) and not torch.equal(one, both)
+    world, plain = data.world_of(wans["a14b"]), [str(wans["a14b"])]
+    experts = sample.load_all(plain, world, torch.float32, files)
+    for t, part, file in ((0.9, "high", files[0]), (0.3, "low", files[1])):
+        m = load_lora(sample.load_model(wans["a14b"], expert=part), file)
+        assert torch.equal(experts(*wan_batch(t)), m(*wan_batch(t)))
+    for wrong in (files[:1], files + files[:1]):
+        with refusing("--lora takes two files"):
+            sample.check_args(sample.Args(model=plain[0], prompt=["a cat"], lora=wrong, **CLIP), world)
+
+def test_texts_come_first_and_then_one_model_at_a_time(wans, tmp_path, monkeypatch):
+    events, models, load, embed = [], [], VideoDiT.from_pretrained.__func__, sample.embed_all
+    def from_pretrained(*args):
+        events.append(sum(any(p.device.type != "meta" for p in m.parameters()) for m in models))
+        models.append(load(*args))
+        return models[-1]
+    monkeypatch.setattr(VideoDiT, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr(sample, "embed_all", lambda *args: events.append("texts") or embed(*args))
+    sample.main(sample.Args(model=str(wans["a14b"]), against=str(wans["a14b"]), prompt=["a cat"], steps=2,
+                            out=f"{tmp_path}/out", **CLIP))
+    assert events == ["texts", 0, 1, 0, 1]                                      # two experts, and two again
+    assert (tmp_path / "out/000.mp4").read_bytes() == (tmp_path / "out/start/000.mp4").read_bytes()
 
 def test_wan_is_sampled_side_by_side_under_the_names_that_vbench_expects(wan, tmp_path):
     (tmp_path / "prompts.csv").write_text(
         "prompt,prompt_shorter\na cat runs and runs,a cat runs\na dog sleeps,\na cat runs,\n")
     train_align.main(wan_args(wan, "side", steps=1))
-    sample.main(sample.Args(ckpt=f"{wan}/side", prompts=f"{tmp_path}/prompts.csv", n_per_prompt=2, steps=2,
+    sample.main(sample.Args(ckpt=[f"{wan}/side"], prompts=f"{tmp_path}/prompts.csv", n_per_prompt=2, steps=2,
                             against="base", out=f"{tmp_path}/out", **CLIP))
     names = {f"a cat runs-{i}.mp4" for i in range(4)} | {f"a dog sleeps-{i}.mp4" for i in range(2)}
     for folder in (tmp_path / "out", tmp_path / "out/start"):
@@ -1512,7 +1662,7 @@ def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path):
     args = sample.Args(model=str(wan), prompt=["a cat runs"], n_per_prompt=2, steps=3,
                        out=f"{tmp_path}/plain", **CLIP)
     sample.main(replace(args))
-    result = sample.main(replace(args, ckpt=f"{wan}/guided", nrg=noisy, against="base", reward=noisy,
+    result = sample.main(replace(args, ckpt=[f"{wan}/guided"], nrg=noisy, against="base", reward=noisy,
                                  out=f"{tmp_path}/out"))
     assert set(result["win_rate"]) == {*DIMS, "Overall"} and read(tmp_path / "out/eval.json") == result
     plain, guided, start = (data.read_video(tmp_path / name / "001.mp4")[0]
@@ -1533,7 +1683,7 @@ def test_videoreward_labels_the_pairs_of_wan_and_judges_what_it_draws(wan, qwen,
     train_align.main(wan_args(wan, "judged", loss="rwr", labels="reward", steps=2, **judge))
     assert "3 of 3 pairs labelled by reward" in capsys.readouterr().out
     assert len([*(wan / "cache").glob("score-*")]) >= 5                         # distinct videos and prompts
-    result = sample.main(sample.Args(ckpt=f"{wan}/judged", prompt=["a dog runs"], n_per_prompt=2, steps=2,
+    result = sample.main(sample.Args(ckpt=[f"{wan}/judged"], prompt=["a dog runs"], n_per_prompt=2, steps=2,
                                      against="base", out=f"{tmp_path}/out", **CLIP, **judge))
     assert result["n"] == 2 and result["judge"] == judge["reward"]
 
@@ -1568,13 +1718,15 @@ train_align   --resume --out {broken}                              config.json c
 sample        --size 30,30 --eval 4                                --frames and --size are for Wan
 sample        --out x                                              one thing at a time
 sample        --eval 4 --split test                                invalid choice
-sample        --eval 4 --x beta                                    unknown argument --x
+sample        --eval 4 --x beta                                    one thing at a time
+sample        --compare {won} --cfg 3                              stand --x, --y, --by and --out alone
 sample        --eval 4 --against base                              this model has none
 sample        --prompt 'a dog'                                     not a prompt of Shapes world
 sample        --prompt 'a red circle moving left' --reward oracle  add --against base or --n_per_prompt 4
+sample        --prompt 'a red circle moving left' --against {wan}  is another kind of model
 sample        --prompts {blank}                                    row 3 has no prompt
-sample        --compare {empty}                                    config.json cannot be read as JSON
-sample        --compare {nothing}                                  takes runs that have win rates
+sample        --compare {empty}                                    eval.json cannot be read as JSON
+sample        --compare {nothing}                                  takes runs with win rates
 sample        --compare {won} --x rg_scale --y win_rate/XQ         cannot be drawn: 'XQ'
 sample        --compare {won} --x nrg                              could not convert
 sample        --compare {won} --out drawn                          draws one .webp
@@ -1611,7 +1763,7 @@ sample        --model {vae} {draw}                                 git lfs pull
 sample        --model {transformer} {draw}                         git lfs pull
 sample        --model {half} {draw}                                has 2 missing tensors
 sample        --model {wan}/{dit} {draw}                           is a file
-sample        --model {wan} {draw} --lora {empty}                  is a folder
+sample        --model {wan} {draw} --lora {empty}                  cannot be read as safetensors
 train_reward  --model {base_pointer} --pairs {prefs}               git lfs pull
 train_reward  --model {qwen25} --pairs {prefs}                     only Qwen2-VL
 reward        --video {clip} --prompt p --ckpt {released}/checkpoint-30  above checkpoint-<step>/
@@ -1653,7 +1805,7 @@ def test_what_the_user_can_mend_ends_in_one_line_and_status_2(script, spoiled, m
     before = sorted(root.rglob("*"))
     for line, says in rows:
         words = shlex.split(line)
-        assert says in refusal(*entry(script, words), words, capsys), line
+        assert says in refusal(script.main, script.Args, words, capsys), line
         assert sorted(root.rglob("*")) == before, line
 
 def test_damaged_files_are_read_or_refused_in_one_line(runs, tmp_path, n=12, seed=0):
@@ -1749,21 +1901,36 @@ def test_a_person_labels_pairs_in_a_browser_and_training_reads_what_was_saved(tm
         assert page.locator("#results").is_visible() and page.locator("#wins").inner_text().count("%") >= 2
         with page.expect_download() as download:
             page.locator("#save").click()
-        download.value.save_as(tmp_path / "elsewhere/pairs.csv")
+        download.value.save_as(tmp_path / "labels.csv")                           # beside the page
         browser.close()
     assert shown == prompts and not faults
-    pairs = data.read_pairs(tmp_path / "elsewhere/pairs.csv")
+    pairs = data.read_pairs(tmp_path / "labels.csv")
     assert pairs.prompts == [prompts[0], prompts[1], prompts[3]]
     assert [path.parent.name for path in map(Path, pairs.videos[0])] == ["a", "b"]
     turn = [-1 if swap else 1 for swap in swapped]
     assert pairs.label[:, :3].nan_to_num(9).tolist() == [[turn[0], -turn[0], 0], [-turn[1], 9, 9], [0, 9, 9]]
 
 
+def test_saved_labels_name_their_files_from_the_page_wherever_it_is_opened(tmp_path):
+    if shutil.which("node") is None:
+        pytest.skip("needs node")
+    names = ["a cat-0.mp4", "a/50% off #1 'now' \u65e5\u672c-0.mp4"]
+    write_clips(tmp_path, names)
+    data.label_page(tmp_path / "label.html", [("a cat", *(tmp_path / name for name in names))])
+    page = (tmp_path / "label.html").read_text(encoding="utf-8")
+    code = re.search(r"function path\(.*?\n}\n", page, re.S)[0]
+    [pair] = json.loads(re.search('json">(.*?)</script>', page)[1])["pairs"]
+    for place, there in (("http://gpu:8000/", ""), ("file:///home/", ""), ("file://nas/share/", "//nas/share/")):
+        script = (f"const location = {{ href: '{place}label.html' }};\n{code}"
+                  f"console.log(JSON.stringify({json.dumps(pair['videos'])}.map(path)))")
+        out = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True).stdout
+        assert json.loads(out) == [there + name for name in names]
+
 def test_samples_get_a_labelling_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(HERE)
     prompt = PROMPTS[0]
     shared = dict(prompt=[prompt], steps=1, cfg=1.0)
-    sample.main(sample.Args(n_per_prompt=5, out=str(tmp_path / "many"), **shared))
+    sample.main(sample.Args(n_per_prompt=4, out=str(tmp_path / "many"), **shared))
     sample.main(sample.Args(against="assets/base", out=str(tmp_path / "two"), **shared))
     many, two = (json.loads(re.search('json">(.*?)</script>', (tmp_path / name / "label.html").read_text())[1])
                  for name in ("many", "two"))
@@ -1839,11 +2006,6 @@ def assert_same_log(a, b, rtol):
 def timeless_log(run):
     """The events in a run's log without the clock."""
     return [{k: v for k, v in event.items() if k not in ("time", "seconds")} for event in data.read_log(run)]
-
-def entry(script, words):
-    """(main, Args) of a script for these words of its command line."""
-    compares = script is sample and "--compare" in words
-    return (sample.compare, sample.Compare) if compares else (script.main, script.Args)
 
 def page_commands():
     """The words after `python` in the pages' commands, by a shell that follows loops and runs nothing."""
@@ -1939,7 +2101,7 @@ def align(runs, out, **changes):
 
 def job(name, runs, out, **changes):
     """(script, its arguments) of a few steps of this kind into out."""
-    drawn = dict(ckpt=f"{runs}/base", nrg=f"{runs}/noisy")
+    drawn = dict(ckpt=[f"{runs}/base"], nrg=f"{runs}/noisy")
     measured = train_reward.Args(model=f"{runs}/base", depth=1, lr=3e-3, n_pairs=8, n_eval=12)
     script, args = {
         "dpo": (train_align, align_args(runs, n_pairs=8)),
