@@ -27,7 +27,6 @@ import threading
 import time
 import typing
 import unicodedata
-import uuid
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +45,8 @@ import torch.distributed.checkpoint.state_dict as state_dicts
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import HERE, PRESETS, UserError, check_pointer, fetch, find, read_config, read_json, read_tensors
+from model import (HERE, PRESETS, UserError, check_pointer, fetch, find, read_config, read_json, read_tensors,
+                   write_whole)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DIMS = ("VQ", "MQ", "TA")    # visual quality, motion quality, text alignment: the columns of every r (B, 3)
@@ -1548,13 +1548,6 @@ def check_out(out, *models, base=None, inputs=()):
 
 
 # ---- runs: folder, log, states ----
-
-def write_whole(path, content):
-    """Write bytes, to a name that no other writer has and then renamed: no reader meets half a file."""
-    temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
 
 def write_json(path, value):
     """Write value as JSON."""
