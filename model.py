@@ -48,11 +48,10 @@ class Config:
     eps: float = 1e-6               # of every norm
 
     def to_diffusers(self):
-        """The config.json of diffusers' WanTransformer3DModel."""
+        """The config.json of diffusers' WanTransformer3DModel; what is left out has its default there."""
         sizes = {DIFFUSERS_CONFIG.get(name, name): x for name, x in vars(self).items() if name != "dim"}
         return {"_class_name": "WanTransformer3DModel", **sizes, "out_channels": self.in_dim,
-                "attention_head_dim": self.dim // self.num_heads, "cross_attn_norm": True,
-                "qk_norm": "rms_norm_across_heads"}
+                "attention_head_dim": self.dim // self.num_heads}
 
 
 PRESETS = {
@@ -133,29 +132,31 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)  # over all heads, as Wan
 
     def forward(self, x, context=None, rope=None):
-        """(B, L, D) from x (B, L, D) and, across, context (B, S, D). As in Wan, zero-padded text is not
-        masked.
+        """(B, L, D) from x (B, L, D) and, across, context (B, S, D). Padding of the text is not masked, as in
+        Wan.
         """
         context = x if context is None else context
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
-        q, k, v = (y.type_as(v).unflatten(2, (self.num_heads, -1)) for y in (q, k, v))   # (B, L, heads, .)
+        q, k, v = (y.type_as(v).unflatten(2, (self.num_heads, -1)) for y in (q, k, v))   # heads apart
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))               # views: what was rotated is contiguous
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def keep_self_attention(ctx, op, *args, **kwargs):
-    """The policy of activation checkpointing: nothing is kept but what self-attention gives, which is dear to
-    compute again and small to store. Cross-attention, by the same kernels, is cheap: its keys are few.
-    """
-    is_self = "_scaled_dot_product" in str(op) and args[0].shape == args[1].shape       # as many q as k
-    return CheckpointPolicy.MUST_SAVE if is_self else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def mlp(d_in, d_hidden, d_out, activation):
     """Linear, activation, linear; the linear maps are modules 0 and 2, as in Wan."""
     return nn.Sequential(nn.Linear(d_in, d_hidden), activation, nn.Linear(d_hidden, d_out))
+
+
+def keep_self_attention(ctx, op, *args, **kwargs):
+    """The policy of activation checkpointing: only the result of self-attention is kept.
+
+    It is dear to compute again and small to store. Cross-attention runs in the same kernels, but is cheap as
+    the text has few keys.
+    """
+    is_self = "_scaled_dot_product" in str(op) and args[0].shape == args[1].shape       # as many q as k
+    return CheckpointPolicy.MUST_SAVE if is_self else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Block(nn.Module):
@@ -209,8 +210,8 @@ FP32_ISLANDS = ("norm", "modulation", "time_", "head.")
 
 
 class VideoDiT(nn.Module):
-    """Wan 2.1's text-to-video transformer: the velocity v of a noisy latent video xt at time t, given a
-    prompt.
+    """Wan 2.1's text-to-video transformer. It predicts the velocity v of a noisy latent video xt at time t
+    from the embedding of a prompt.
     """
 
     def __init__(self, config):
@@ -226,8 +227,8 @@ class VideoDiT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Xavier for linear maps, small normals for the embeddings of text and time, zeros for the head: at
-        first v = 0.
+        """Linear maps get Xavier's weights, the embeddings of text and time small normal ones. The head's are
+        zero, so that an untrained model says v = 0.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -261,18 +262,17 @@ class VideoDiT(nn.Module):
             if depth is not None:
                 return x
             x = self.head(x, e)                                                  # (B, L, patch * C)
-        p, (T, H, W) = self.config.patch_size, grid
-        x = x.view(-1, T, H, W, *p, self.config.in_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
-        return x.reshape(-1, self.config.in_dim, T * p[0], H * p[1], W * p[2])
+        x = x.view(-1, *grid, *self.config.patch_size, self.config.in_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.flatten(6).flatten(4, 5).flatten(2, 3)                          # (B, C, T, H, W)
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, part="transformer"):
-        """The model in a folder or hub repository, in diffusers' layout (or its transformer/) or official
-        Wan's.
+        """The model in a folder or hub repository, in the layout of diffusers or of official Wan; part: the
+        folder in it that holds the transformer, if there is one.
 
         dtype None keeps the file's own; else it is that of the linear maps, and the FP32_ISLANDS are fp32.
         Tensors are mapped from the file and assigned, so there is never a second copy. UserError names
-        missing, unexpected and misshapen weights, and an architecture other than text-to-video.
+        weights that are missing, unexpected, misshapen or not finite, and another architecture.
         """
         folder = fetch(path, ["config.json", "diffusion_pytorch_model*", f"{part}/*"])
         folder = folder / part if (folder / part).is_dir() else folder
@@ -296,8 +296,8 @@ class VideoDiT(nn.Module):
     def compile_blocks(self):
         """torch.compile, block by block and in place: one compilation serves all, parameter names stay.
 
-        It compiles anew for every size of a micro-batch, with and without gradients and adapters. Beyond
-        torch's own limit of 8 such variants the blocks would run uncompiled.
+        It is compiled anew for each size of a micro-batch, with and without gradients, with and without
+        adapters. Above its limit of such variants, 8 by default, torch runs them uncompiled.
         """
         torch._dynamo.config.recompile_limit = 64
         for block in self.blocks:
@@ -325,8 +325,8 @@ class Experts(nn.Module):
 # ---- LoRA (Hu et al. 2021, arXiv:2106.09685) ----
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus scale B A, of A (rank, in) and B (out, rank) in fp32; earlier: (A, B) of the
-    rounds before, which stay on, frozen.
+    """A frozen linear layer plus scale B A, with A (rank, in) and B (out, rank) in fp32. earlier: (A, B) of
+    earlier rounds, which are frozen and always on.
     """
 
     def __init__(self, layer, A, B, scale=1.0, earlier=(None, None)):
@@ -357,12 +357,12 @@ def join(one, other):
 
 
 def add_lora(model, rank, alpha, targets=("q", "k", "v", "o"), seed=0):
-    """Freeze the model, put adapters of scale alpha / rank on the linear layers of its blocks with these
-    names; returns the model, which computes what it did: B starts at zero.
+    """Freeze the model and put adapters of scale alpha / rank on the linear layers of its blocks that have
+    these names. Returns the model, which still computes the same, as B starts at zero.
 
-    A layer that has adapters already keeps them, as an earlier round. A is a function of the seed, drawn on
-    the CPU, and the global generator is left as it is. A model without `blocks`, such as a language model, is
-    searched as a whole.
+    A layer that has adapters already keeps them, as those of an earlier round. A is a function of the seed,
+    drawn on the CPU; the global generator stays as it is. A model without `blocks`, such as a language model,
+    is searched as a whole.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -377,7 +377,7 @@ def add_lora(model, rank, alpha, targets=("q", "k", "v", "o"), seed=0):
 
 
 def merge_lora(model):
-    """Fold all adapters into the weights, rounded to their dtype; returns the model, which then has none."""
+    """Fold all adapters into the weights, rounded to their dtype. Returns the model, which then has none."""
     for name, m in list(model.named_modules()):
         if isinstance(m, LoRALinear):
             linear, (A, B) = nn.Linear(*m.weight.T.shape, device="meta"), m.joined()
@@ -402,11 +402,11 @@ def lora_disabled(model):
 
 
 def save_lora(model, path, metadata=None):
-    """Write the adapters as `diffusion_model.<official name>.lora_{A,B}.weight`, alpha / rank folded into B,
-    all rounds joined along the rank: the file is relative to the pretrained model.
+    """Write the adapters as `diffusion_model.<official name>.lora_{A,B}.weight` in fp32, alpha / rank folded
+    into B and all rounds joined along the rank, so that the file is relative to the pretrained model.
 
-    Folded, because many loaders drop a separate alpha in silence; the prefix and names are what ComfyUI,
-    diffusers and DiffSynth read. fp32, contiguous; metadata: strings for the file's header.
+    Folded, because many loaders drop a separate alpha in silence. The prefix and the names are those that
+    ComfyUI, diffusers and DiffSynth read. metadata: strings for the file's header.
     """
     tensors = {f"diffusion_model.{name}.lora_{letter}.weight": x
                for name, m in model.named_modules() if isinstance(m, LoRALinear)
@@ -415,11 +415,11 @@ def save_lora(model, path, metadata=None):
 
 
 def load_lora(model, path):
-    """Add the adapters of a file, see read_lora, to those that the model has; returns the model, whose
+    """Add the adapters in a file, see read_lora, to those that the model has. Returns the model, whose
     adapters lora_disabled switches off together.
     """
     own = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear))}
-    for name, (A, B) in read_lora(path, {name: tuple(m.weight.shape) for name, m in own.items()}).items():
+    for name, (A, B) in read_lora(path, {name: m.weight.shape for name, m in own.items()}).items():
         if isinstance(own[name], LoRALinear):
             A, B = join(own[name].joined(), (A, B))
         model.set_submodule(name, LoRALinear(own[name], A, B))
@@ -428,7 +428,7 @@ def load_lora(model, path):
 
 # ---- foreign names ----
 
-NAMES = {                                            # official Wan's and diffusers' of parts of parameters
+NAMES = {                                            # parts of parameters' names: official Wan's, diffusers'
     "self_attn": "attn1", "cross_attn": "attn2", "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0",
     "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",        # norm3 is the text's norm
     "time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out",
@@ -442,14 +442,15 @@ def to_diffusers(name):
     return re.sub(rf"\b({'|'.join(map(re.escape, NAMES))})\b", lambda match: NAMES[match[1]], name)
 
 
+# How LoRA files name adapters: ComfyUI and we, diffusers, peft, and kohya, who has _ for the dots in names.
 LORA_PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
 LORA_KEY = re.compile(r"(?:diffusion_model\.|transformer\.|base_model\.model\.|lora_unet__?)(.+)\."
                       rf"({'|'.join(LORA_PARTS)})(?:\.weight)?")
 
 
 def read_alpha(path, tensors, metadata):
-    """The alpha of all layers of a LoRA file, from the adapter_config.json that peft keeps beside it or from
-    the header that diffusers writes. None where there is neither.
+    """The alpha of all layers of a LoRA file, from the adapter_config.json that peft writes beside it or from
+    the header that diffusers writes into it. None where no alpha is told.
     """
     if any(key.startswith("base_model.") for key in tensors):
         path = Path(path).parent / "adapter_config.json"
@@ -465,29 +466,28 @@ def read_alpha(path, tensors, metadata):
 
 
 def read_lora(path, shapes):
-    """{official layer name: (A, B)} fp32 of a LoRA file, its strength alpha / rank folded into B; shapes:
-    {name: (out, in)} of the model's layers. Without alpha the strength is 1.
+    """{layer: (A, B)} of a LoRA file in fp32, its strength alpha / rank folded into B; shapes: {layer: (out,
+    in)} of the model. Where no alpha is told the strength is 1.
 
     Read are our own files, diffusers', peft's beside their adapter_config.json, ComfyUI's and kohya's.
     UserError names a tensor that has no place: an adapter that loads in part is worse than one that doesn't.
     """
     tensors, metadata = read_tensors(path)
-    all_alpha, layers = read_alpha(path, tensors, metadata), {}
-    own = {said: name for name in shapes for said in (name, to_diffusers(name), name.replace(".", "_"))}
+    alpha, layers = read_alpha(path, tensors, metadata), {}
+    own = {theirs: name for name in shapes for theirs in (name, to_diffusers(name), name.replace(".", "_"))}
     for key, x in tensors.items():
         match = LORA_KEY.fullmatch(key)
-        name = match and own.get(match[1])
-        if not name or (match[2] == "alpha" and x.numel() != 1):
+        name, part = (own.get(match[1]), LORA_PARTS[match[2]]) if match else (None, None)
+        if not name or part in layers.get(name, {}) or (part == "alpha" and x.numel() != 1):
             raise UserError(f"{path}: {key} has no place in this model: only LoRA of its linear layers is "
                             "supported, without DoRA, LoKr, LoHa, biases or image parts")
-        layers.setdefault(name, {})[LORA_PARTS[match[2]]] = x.float()
+        layers.setdefault(name, {})[part] = x.float()
     for name, layer in layers.items():
         A, B = (layer.get(part, torch.zeros(0)) for part in "AB")
         (out_features, in_features), rank = shapes[name], A.shape[:1]
         if not A.numel() or A.shape != (*rank, in_features) or B.shape != (out_features, *rank):
-            raise UserError(f"{path}: lora_A {[*A.shape]} and lora_B {[*B.shape]} are no pair for {name} of "
-                            f"{in_features} to {out_features} features: it is incomplete or another model's")
-        layers[name] = A, B * (float(layer.get("alpha", all_alpha or len(A))) / len(A))
+            raise UserError(f"{path}: {name} is no pair of this model: A {[*A.shape]}, B {[*B.shape]}")
+        layers[name] = A, B * (float(layer.get("alpha", alpha or len(A))) / len(A))
     if not layers:
         raise UserError(f"{path} holds no adapters")
     return layers
@@ -497,7 +497,7 @@ def read_lora(path, shapes):
 
 def find(path):
     """The folder at path, as given or beside this file, so that `assets/base` works from anywhere; None where
-    it can only be a hub repository. UserError where it can't be one either.
+    it can only be a hub repository. UserError where it can be neither.
     """
     for folder in (Path(path), HERE / path):
         if folder.is_dir():
@@ -509,8 +509,8 @@ def find(path):
 
 
 def fetch(path, wanted):
-    """The folder at path, see find, or the wanted files of the hub repository of that name. UserError where
-    they cannot be downloaded.
+    """The folder at path, see find, or else one with the wanted files of the hub repository of that name.
+    UserError where they cannot be downloaded.
     """
     folder = find(path)
     if folder is not None:
@@ -530,7 +530,7 @@ def check_pointer(path):
 
 
 def read_json(path, text=None):
-    """The object in a JSON file, or in a text that stands in it. UserError names a file that holds none."""
+    """The object in a JSON file, or in a text from a file. UserError names a file that holds none."""
     try:
         return dict(**json.loads(Path(path).read_text(encoding="utf-8") if text is None else text))
     except (OSError, ValueError, TypeError, RecursionError) as e:
@@ -539,17 +539,16 @@ def read_json(path, text=None):
 
 
 def read_config(raw, path):
-    """The Config that the config.json of diffusers or of official Wan holds, given as raw; path: where it
-    stands. UserError for another architecture.
+    """The Config in raw, what a config.json of diffusers or of official Wan holds; path: that file. UserError
+    names what is no size and what is of another architecture.
     """
     if "attention_head_dim" in raw:                                             # diffusers' keys
         raw = raw | {ours: raw.get(theirs) for ours, theirs in DIFFUSERS_CONFIG.items()}
         heads, width = raw["num_heads"], raw["attention_head_dim"]
         raw["dim"] = heads * width if is_size(heads, 1) and is_size(width, 1) else None
-    usual = vars(Config())
-    sizes = {name: raw.get(name, value) for name, value in usual.items()}
+    sizes = {name: raw.get(name, usual) for name, usual in vars(Config()).items()}
     fixed = dict(model_type="t2v", image_dim=None, out_channels=sizes["in_dim"], out_dim=sizes["in_dim"])
-    wrong = {name: value for name, value in sizes.items() if not is_size(value, usual[name])}
+    wrong = {name: value for name, value in sizes.items() if not is_size(value, getattr(Config, name))}
     wrong |= {name: raw[name] for name, value in fixed.items() if raw.get(name) not in (None, value)}
     if wrong:
         raise UserError(f"{path} is not of a text-to-video Wan: {wrong}")
@@ -557,7 +556,7 @@ def read_config(raw, path):
 
 
 def is_size(x, usual):
-    """Whether x can be where a number, or three of them, is usual: one of its kind, above 0 and not huge."""
+    """Whether x can stand where usual does, a number or three: of its kind, above 0 and not huge."""
     if isinstance(usual, tuple):
         return isinstance(x, list) and len(x) == len(usual) and all(is_size(n, 1) for n in x)
     return isinstance(x, (int, type(usual))) and 0 < x < 2**20
@@ -569,7 +568,7 @@ def unshard(x):
 
 
 def write_whole(path, content):
-    """Write bytes, to a name that no other writer has and then renamed: no reader meets half a file."""
+    """Write bytes to a name that no other writer has, then rename it: no reader meets half a file."""
     temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
@@ -578,8 +577,8 @@ def write_whole(path, content):
 def save_tensors(tensors, path, metadata=None):
     """Write tensors as safetensors. The same tensors and metadata give the same bytes.
 
-    Of several processes only the first writes; where tensors are sharded all must call this, to put them
-    together.
+    Of several processes only the first writes. Where tensors are sharded all must call this, since each has a
+    part of them.
     """
     from safetensors.torch import save
     tensors = {k: unshard(v).detach().cpu().contiguous() for k, v in tensors.items()}
@@ -593,31 +592,30 @@ def save_tensors(tensors, path, metadata=None):
 
 
 def read_tensors(path, metadata_only=False):
-    """(tensors, metadata) of a safetensors file. UserError names a file that is none or is cut short, and a
-    tensor that is not finite.
+    """(tensors, metadata) of a safetensors file. UserError names a file that is none or is cut short, and
+    tensors that are not finite.
     """
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as file:
             tensors = {} if metadata_only else {k: file.get_tensor(k) for k in file.keys()}
-            metadata = file.metadata() or {}
+            check_finite(tensors, path)
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as e:
         check_pointer(path)
         raise UserError(f"{path} cannot be read as safetensors: {e}") from None
-    check_finite(tensors, path)
-    return tensors, metadata
 
 
 def check_finite(tensors, path):
-    """UserError names a tensor of the file at path that holds nan or infinity: its sum then does too."""
+    """UserError names a tensor of the file at path that holds nan or infinity, as its sum then is one too."""
     for name, x in tensors.items():
         if not x.sum(dtype=torch.float32).isfinite():
             raise UserError(f"{path}: {name} holds numbers that are not finite: make or download it again")
 
 
 def read_weights(folder, name):
-    """The tensors of a model: of the shards that <name>.safetensors.index.json in the folder names or, where
-    there is none, of <name>.safetensors. Other files count for nothing.
+    """The tensors of a model in a folder: those in the shards that <name>.safetensors.index.json names or,
+    where there is no index, in <name>.safetensors. All other files are left alone.
     """
     index = folder / f"{name}.safetensors.index.json"
     shards = read_json(index).get("weight_map") if index.exists() else {"all": f"{name}.safetensors"}
@@ -628,14 +626,13 @@ def read_weights(folder, name):
 
 
 def load_strict(module, tensors, path):
-    """Give the module these tensors as its own. UserError names the missing, unexpected and misshapen, and
-    those that are no floating-point numbers.
+    """Give the module these tensors as its own. UserError names those that are missing, unexpected, misshapen
+    or no floating-point numbers.
     """
     try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as e:
-        _, *faults = str(e).splitlines()
-        raise UserError(f"{path} does not fit the model: {shorten(' '.join(faults), 300)}") from None
+        raise UserError(f"{path} does not fit the model: {shorten(str(e).split(':', 1)[-1], 300)}") from None
 
 
 if __name__ == "__main__":

@@ -258,8 +258,9 @@ def test_a_lora_tensor_that_has_no_place_is_named(tmp_path):
                 "0.self_attn.q.alpha", "0.self_attn.k.hada_w1_a", "0.ffn.0.diff_b",
                 "0.cross_attn.k_img.lora_A.weight", "9.self_attn.q.lora_A.weight")),
             ({"blocks.0.self_attn.q.lora_A.default.weight": x}, "default.weight has no place"),
-            (pair | {q.replace("q", "k") + ".lora_A.weight": x}, "no pair for blocks.0.self_attn.k"),
-            (pair | {f"{q}.lora_A.weight": torch.ones(2, 49)}, r"lora_A \[2, 49\] .* another model's"),
+            (pair | {q.replace("q", "k") + ".lora_A.weight": x}, "blocks.0.self_attn.k is no pair"),
+            (pair | {f"{q}.lora_A.weight": torch.ones(2, 49)}, r"is no pair of this model: A \[2, 49\]"),
+            (pair | {f"{q}.lora_down.weight": x}, "lora_(A|down).weight has no place"),      # A for a second time
             (pair | {f"{q}.lora_B.weight": torch.ones(48)}, "no pair"), ({}, "no adapters"),
             (pair | {f"{q}.lora_A.weight": x / 0}, "lora_A.weight .* not finite")):
         model_file.save_tensors({name: y.clone() for name, y in tensors.items()}, tmp_path / "x")
