@@ -25,7 +25,6 @@ import sys
 import threading
 import time
 import typing
-import uuid
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +43,8 @@ import torch.distributed.checkpoint.state_dict as state_dicts
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import HERE, PRESETS, UserError, check_pointer, fetch, find, read_config, read_json, read_tensors
+from model import (HERE, PRESETS, UserError, check_pointer, fetch, find, read_config, read_json, read_tensors,
+                   write_whole)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DIMS = ("VQ", "MQ", "TA")    # visual quality, motion quality, text alignment: the columns of every r (B, 3)
@@ -1307,9 +1307,9 @@ def shard(model):
 
 
 def micro_batches(rows, accumulate):
-    """[(rows, samples)] of the micro-batches that go through the model in turn: this rank's share of the rows (n,)
-    of a step, and their samples for draw_noise: the k-th repetition of a row is (row, k), which has noise of its
-    own.
+    """[(rows, samples)] of the micro-batches that go through the model in turn: this rank's share of the rows
+    (n,) of a step, and their samples for draw_noise: the k-th repetition of a row is (row, k), which has
+    noise of its own.
     """
     times, samples = Counter(), []
     for row in rows.tolist():
@@ -1459,7 +1459,7 @@ def launch(main, cls, doc, argv=None):
         if isinstance(e, torch.OutOfMemoryError):
             savers = "accumulate", "decoupled", "shard", "batch", "frames", "size", "dtype"
             flags = [f"--{f.name}" for f in fields(cls) if f.name in savers]
-            why = [f"out of memory: {', '.join(flags)} decide how much is needed. {why[0]}"]
+            why = [f"out of memory: {', '.join(flags) or 'the model'} decide how much is needed. {why[0]}"]
         print(f"error:{rank}", *why, file=sys.stderr)
         raise SystemExit(2) from None
     if dist.is_initialized():
@@ -1468,14 +1468,6 @@ def launch(main, cls, doc, argv=None):
 
 
 # ---- runs: folder, log, states ----
-
-def write_whole(path, content):
-    """Write bytes, to a name that no other writer has and then renamed: no reader meets half a file."""
-    temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
 
 def write_json(path, value):
     """Write value as JSON."""

@@ -1,6 +1,6 @@
 """The rectified-flow video DiT (Wan 2.1's text-to-video architecture), its attention, LoRA and weights.
 
-    python model.py                  a table of the presets: parameters, width, and the toy's speed here
+    python model.py                  the sizes of the presets
 
 VideoDiT predicts the velocity v = eps - x0 from xt = (1 - t) x0 + t eps (t = 0 is data, t = 1 is noise;
 losses.py). Modules carry the official Wan names (`blocks.0.self_attn.q`, ...), so official weights load
@@ -9,8 +9,8 @@ huggingface_hub are imported where a file is read or fetched.
 """
 import json
 import math
-import os
 import re
+import uuid
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,10 +20,19 @@ from textwrap import shorten
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(ValueError):
+    """A fault that the user can mend: data.launch prints its one line and leaves with exit status 2."""
 
 
 # ---- configuration ----
+
+DIFFUSERS_CONFIG = {"in_dim": "in_channels", "num_heads": "num_attention_heads"}     # other names are equal
+
 
 @dataclass(frozen=True)
 class Config:
@@ -39,19 +48,17 @@ class Config:
     eps: float = 1e-6               # of every norm
 
     def to_diffusers(self):
-        """The config.json of diffusers' WanTransformer3DModel."""
+        """The config.json of diffusers' WanTransformer3DModel; what is left out has its default there."""
         sizes = {DIFFUSERS_CONFIG.get(name, name): x for name, x in vars(self).items() if name != "dim"}
         return {"_class_name": "WanTransformer3DModel", **sizes, "out_channels": self.in_dim,
-                "attention_head_dim": self.dim // self.num_heads, "cross_attn_norm": True,
-                "qk_norm": "rms_norm_across_heads"}
+                "attention_head_dim": self.dim // self.num_heads}
 
 
 PRESETS = {
     "toy": Config(patch_size=(2, 4, 4), in_dim=3, dim=160, ffn_dim=320, freq_dim=128, text_dim=32,
                   num_heads=5, num_layers=6),
     "wan-1.3b": Config(),
-    "wan-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
-    "wan-2.2-a14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),    # each of its two experts
+    "wan-14b": Config(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),     # and each expert of 2.2 A14B
     "wan-2.2-5b": Config(in_dim=48, dim=3072, ffn_dim=14336, num_heads=24, num_layers=30),
 }
 
@@ -77,13 +84,12 @@ def rotary(grid, head_dim, device):
     The head is split between time, rows and columns as in Wan: a third (rounded down to even) each for rows
     and columns, time takes the rest. Angles are built in fp64 and kept per grid.
     """
-    space = 2 * (head_dim // 6)
-    angles = []
-    for axis, width in enumerate((head_dim - 2 * space, space, space)):
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid))         # (L, 3)
+    space, angles = 2 * (head_dim // 6), []
+    for place, width in zip(places.unbind(1), (head_dim - 2 * space, space, space)):
         freqs = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        a = torch.arange(grid[axis], dtype=torch.float64)[:, None] * freqs       # (T or H or W, width / 2)
-        angles.append(a.view([-1 if i == axis else 1 for i in range(3)] + [width // 2]).expand(*grid, -1))
-    angles = torch.cat(angles, dim=-1).flatten(0, 2)                             # (L, head_dim / 2)
+        angles.append(place[:, None] * freqs)                                    # (L, width / 2)
+    angles = torch.cat(angles, dim=1)                                            # (L, head_dim / 2)
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
@@ -126,28 +132,31 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)  # over all heads, as Wan
 
     def forward(self, x, context=None, rope=None):
-        """(B, L, D) from x (B, L, D) and, across, context (B, S, D). As in Wan, zero-padded text is not
-        masked.
+        """(B, L, D) from x (B, L, D) and, across, context (B, S, D). Padding of the text is not masked, as in
+        Wan.
         """
         context = x if context is None else context
-        heads = lambda y: y.unflatten(2, (self.num_heads, -1))                   # (B, L, heads, head_dim)
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
-        q, k, v = heads(q.type_as(v)), heads(k.type_as(v)), heads(v)
+        q, k, v = (y.type_as(v).unflatten(2, (self.num_heads, -1)) for y in (q, k, v))   # heads apart
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))               # views: what was rotated is contiguous
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-# What activation checkpointing keeps: attention is dear to compute again and its output is small to store.
-KEEP_ATTENTION = partial(create_selective_checkpoint_contexts, [
-    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
-    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")])
-
-
 def mlp(d_in, d_hidden, d_out, activation):
     """Linear, activation, linear; the linear maps are modules 0 and 2, as in Wan."""
     return nn.Sequential(nn.Linear(d_in, d_hidden), activation, nn.Linear(d_hidden, d_out))
+
+
+def keep_self_attention(ctx, op, *args, **kwargs):
+    """The policy of activation checkpointing: only the result of self-attention is kept.
+
+    It is dear to compute again and small to store. Cross-attention runs in the same kernels, but is cheap as
+    the text has few keys.
+    """
+    is_self = "_scaled_dot_product" in str(op) and args[0].shape == args[1].shape       # as many q as k
+    return CheckpointPolicy.MUST_SAVE if is_self else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Block(nn.Module):
@@ -167,7 +176,8 @@ class Block(nn.Module):
     def forward(self, x, e, text, rope):
         """(B, L, D) from x (B, L, D), time e (B, 6, D), text (B, S, D). Norms, modulation, gates are fp32."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.layers, x, e, text, rope, use_reentrant=False, context_fn=KEEP_ATTENTION)
+            keep = partial(create_selective_checkpoint_contexts, keep_self_attention)
+            return checkpoint(self.layers, x, e, text, rope, use_reentrant=False, context_fn=keep)
         return self.layers(x, e, text, rope)
 
     def layers(self, x, e, text, rope):
@@ -200,8 +210,8 @@ FP32_ISLANDS = ("norm", "modulation", "time_", "head.")
 
 
 class VideoDiT(nn.Module):
-    """Wan 2.1's text-to-video transformer: the velocity v of a noisy latent video xt at time t, given a
-    prompt.
+    """Wan 2.1's text-to-video transformer. It predicts the velocity v of a noisy latent video xt at time t
+    from the embedding of a prompt.
     """
 
     def __init__(self, config):
@@ -217,17 +227,16 @@ class VideoDiT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Xavier for linear maps, small normals for text and time embeddings, a zero head: first it says v =
-        0.
+        """Linear maps get Xavier's weights, the embeddings of text and time small normal ones. The head's are
+        zero, so that an untrained model says v = 0.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        for module in (*self.text_embedding, *self.time_embedding):
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+        for linear in (*self.text_embedding[::2], *self.time_embedding[::2]):
+            nn.init.normal_(linear.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
     def forward(self, xt, t, text, depth=None):
@@ -253,30 +262,26 @@ class VideoDiT(nn.Module):
             if depth is not None:
                 return x
             x = self.head(x, e)                                                  # (B, L, patch * C)
-        p, (T, H, W) = self.config.patch_size, grid
-        x = x.view(-1, T, H, W, *p, self.config.in_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
-        return x.reshape(-1, self.config.in_dim, T * p[0], H * p[1], W * p[2])
+        x = x.view(-1, *grid, *self.config.patch_size, self.config.in_dim).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.flatten(6).flatten(4, 5).flatten(2, 3)                          # (B, C, T, H, W)
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, part="transformer"):
-        """The model in a folder or hub repository, in diffusers' layout (or its transformer/) or official
-        Wan's.
+        """The model in a folder or hub repository, in the layout of diffusers or of official Wan; part: the
+        folder in it that holds the transformer, if there is one.
 
         dtype None keeps the file's own; else it is that of the linear maps, and the FP32_ISLANDS are fp32.
         Tensors are mapped from the file and assigned, so there is never a second copy. UserError names
-        missing, unexpected and misshapen weights, and an architecture other than text-to-video.
+        weights that are missing, unexpected, misshapen or not finite, and another architecture.
         """
         folder = fetch(path, ["config.json", "diffusion_pytorch_model*", f"{part}/*"])
         folder = folder / part if (folder / part).is_dir() else folder
-        files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-        if not files or not (folder / "config.json").exists():
-            raise UserError(f"{path} holds no config.json with diffusion_pytorch_model*.safetensors")
-        config = read_config(read_json(folder / "config.json"), folder / "config.json")
         with torch.device("meta"):
-            model = cls(config)
-        tensors = {to_official(k): v for file in files for k, v in read_tensors(file)[0].items()}
+            model = cls(read_config(read_json(folder / "config.json"), folder / "config.json"))
+        own = {to_diffusers(name): name for name in model.state_dict()}
+        tensors = {own.get(k, k): v for k, v in read_weights(folder, "diffusion_pytorch_model").items()}
         if dtype is not None:
-            fp32 = {k for k in tensors if any(part in k for part in FP32_ISLANDS)}
+            fp32 = {k for k in tensors if any(island in k for island in FP32_ISLANDS)}
             tensors = {k: v.to(torch.float32 if k in fp32 else dtype) for k, v in tensors.items()}
         load_strict(model, tensors, folder)
         return model
@@ -289,7 +294,12 @@ class VideoDiT(nn.Module):
         save_tensors(tensors, Path(folder) / "diffusion_pytorch_model.safetensors", metadata)
 
     def compile_blocks(self):
-        """torch.compile, block by block and in place: one compilation serves all, parameter names stay."""
+        """torch.compile, block by block and in place: one compilation serves all, parameter names stay.
+
+        It is compiled anew for each size of a micro-batch, with and without gradients, with and without
+        adapters. Above its limit of such variants, 8 by default, torch runs them uncompiled.
+        """
+        torch._dynamo.config.recompile_limit = 64
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -315,8 +325,8 @@ class Experts(nn.Module):
 # ---- LoRA (Hu et al. 2021, arXiv:2106.09685) ----
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus scale B A, of A (rank, in) and B (out, rank) in fp32; earlier: (A, B) of the
-    rounds before, which stay on, frozen.
+    """A frozen linear layer plus scale B A, with A (rank, in) and B (out, rank) in fp32. earlier: (A, B) of
+    earlier rounds, which are frozen and always on.
     """
 
     def __init__(self, layer, A, B, scale=1.0, earlier=(None, None)):
@@ -347,32 +357,30 @@ def join(one, other):
 
 
 def add_lora(model, rank, alpha, targets=("q", "k", "v", "o"), seed=0):
-    """Freeze the model, put adapters of scale alpha / rank on the linear layers of its blocks with these
-    names; returns the model, which computes what it did: B starts at zero.
+    """Freeze the model and put adapters of scale alpha / rank on the linear layers of its blocks that have
+    these names. Returns the model, which still computes the same, as B starts at zero.
 
-    A layer that has adapters already keeps them, as an earlier round. A is a function of the seed, drawn on
-    the CPU, and the global generator is left as it is. A model without `blocks`, such as a language model, is
-    searched as a whole.
+    A layer that has adapters already keeps them, as those of an earlier round. A is a function of the seed,
+    drawn on the CPU; the global generator stays as it is. A model without `blocks`, such as a language model,
+    is searched as a whole.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parent in list(getattr(model, "blocks", model).modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear) or (name in targets and isinstance(child, nn.Linear)):
-                out_features, in_features = child.weight.shape
-                A = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=5**0.5, generator=generator)
-                B = torch.zeros(out_features, rank)
+                A, B = torch.empty(rank, child.weight.shape[1]), torch.zeros(child.weight.shape[0], rank)
+                nn.init.kaiming_uniform_(A, a=5**0.5, generator=generator)
                 earlier = child.joined() if isinstance(child, LoRALinear) else (None, None)
                 setattr(parent, name, LoRALinear(child, A, B, alpha / rank, earlier))
     return model
 
 
 def merge_lora(model):
-    """Fold all adapters into the weights, rounded to their dtype; returns the model, which then has none."""
+    """Fold all adapters into the weights, rounded to their dtype. Returns the model, which then has none."""
     for name, m in list(model.named_modules()):
         if isinstance(m, LoRALinear):
-            out_features, in_features = m.weight.shape
-            linear, (A, B) = nn.Linear(in_features, out_features, device="meta"), m.joined()
+            linear, (A, B) = nn.Linear(*m.weight.T.shape, device="meta"), m.joined()
             linear.weight, linear.bias = nn.Parameter((m.weight.float() + B @ A).type_as(m.weight)), m.bias
             model.set_submodule(name, linear)
     return model.requires_grad_(False)
@@ -380,8 +388,8 @@ def merge_lora(model):
 
 @contextmanager
 def lora_disabled(model):
-    """Inside, the adapters are off but for those of earlier rounds: the reference policy of Flow-DPO, in
-    eager mode bitwise the model that the adapters were added to.
+    """Switches the newest adapters off. What remains is Flow-DPO's reference: the pretrained model with the
+    adapters of earlier rounds, bit for bit where it is not compiled.
     """
     adapters = [m for m in model.modules() if isinstance(m, LoRALinear)]
     for m in adapters:
@@ -394,26 +402,24 @@ def lora_disabled(model):
 
 
 def save_lora(model, path, metadata=None):
-    """Write the adapters as `diffusion_model.<official name>.lora_{A,B}.weight`, alpha / rank folded into B,
-    all rounds joined along the rank: the file is relative to the pretrained model.
+    """Write the adapters as `diffusion_model.<official name>.lora_{A,B}.weight` in fp32, alpha / rank folded
+    into B and all rounds joined along the rank, so that the file is relative to the pretrained model.
 
-    Folded, because many loaders drop a separate alpha in silence; the prefix and names are what ComfyUI,
-    diffusers and DiffSynth read. fp32, contiguous; metadata: strings for the file's header.
+    Folded, because many loaders drop a separate alpha in silence. The prefix and the names are those that
+    ComfyUI, diffusers and DiffSynth read. metadata: strings for the file's header.
     """
-    tensors = {}
-    for name, m in model.named_modules():
-        if isinstance(m, LoRALinear):
-            for letter, x in zip("AB", m.joined()):
-                tensors[f"diffusion_model.{name}.lora_{letter}.weight"] = x
+    tensors = {f"diffusion_model.{name}.lora_{letter}.weight": x
+               for name, m in model.named_modules() if isinstance(m, LoRALinear)
+               for letter, x in zip("AB", m.joined())}
     save_tensors(tensors, path, metadata)
 
 
 def load_lora(model, path):
-    """Add the adapters of a file, see read_lora, to those that the model has; returns the model, whose
+    """Add the adapters in a file, see read_lora, to those that the model has. Returns the model, whose
     adapters lora_disabled switches off together.
     """
     own = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear))}
-    for name, (A, B) in read_lora(path, {name: tuple(m.weight.shape) for name, m in own.items()}).items():
+    for name, (A, B) in read_lora(path, {name: m.weight.shape for name, m in own.items()}).items():
         if isinstance(own[name], LoRALinear):
             A, B = join(own[name].joined(), (A, B))
         model.set_submodule(name, LoRALinear(own[name], A, B))
@@ -422,124 +428,98 @@ def load_lora(model, path):
 
 # ---- foreign names ----
 
-DIFFUSERS_CONFIG = {"in_dim": "in_channels", "num_heads": "num_attention_heads"}     # others are equal
-NAMES = {                                               # official Wan's and diffusers' of parts of parameters
+NAMES = {                                            # parts of parameters' names: official Wan's, diffusers'
     "self_attn": "attn1", "cross_attn": "attn2", "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0",
-    "norm3": "norm2",                                                     # the text's norm has another number
-    "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",        # norm3 is the text's norm
     "time_projection.1": "condition_embedder.time_proj", "head.head": "proj_out",
     "head.modulation": "scale_shift_table", "modulation": "scale_shift_table",
-}
+    **{f"{what}_embedding.{ours}": f"condition_embedder.{what}_embedder.linear_{theirs}"
+       for what in ("text", "time") for ours, theirs in ((0, 1), (2, 2))}}
 
 
-def rename(key, names):
-    """A parameter's name key with its parts, whole words between dots, replaced as names say."""
-    return re.sub(rf"\b({'|'.join(map(re.escape, names))})\b", lambda match: names[match[1]], key)
+def to_diffusers(name):
+    """diffusers' name of an official Wan parameter or layer."""
+    return re.sub(rf"\b({'|'.join(map(re.escape, NAMES))})\b", lambda match: NAMES[match[1]], name)
 
 
-def to_diffusers(key):
-    """diffusers' name of an official Wan parameter."""
-    return rename(key, NAMES)
-
-
-def to_official(key):
-    """The official Wan name of diffusers' parameter; an official name stays as it is."""
-    own = rename(key, {theirs: ours for ours, theirs in NAMES.items()})
-    return "head.modulation" if own == "modulation" else own                    # as that of blocks has it too
-
-
-LORA_FAULTS = {"dora|magnitude": "of DoRA, which is not supported", "img|image|add_[kv]": "an image model's",
-               "bias$|diff_b$": "a bias, which is not supported", "": "of no layer of this model"}
+# How LoRA files name adapters: ComfyUI and we, diffusers, peft, and kohya, who has _ for the dots in names.
 LORA_PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
-LORA_PREFIX = r"(?:(?:base_model\.model|diffusion_model|transformer|pipe\.dit)\.|lora_unet__?)*"
-LORA_KEY = re.compile(rf"{LORA_PREFIX}(.+?)\.({'|'.join(LORA_PARTS)})(\.default)?(\.weight)?")
+LORA_KEY = re.compile(r"(?:diffusion_model\.|transformer\.|base_model\.model\.|lora_unet__?)(.+)\."
+                      rf"({'|'.join(LORA_PARTS)})(?:\.weight)?")
+
+
+def read_alpha(path, tensors, metadata):
+    """The alpha of all layers of a LoRA file, from the adapter_config.json that peft writes beside it or from
+    the header that diffusers writes into it. None where no alpha is told.
+    """
+    if any(key.startswith("base_model.") for key in tensors):
+        path = Path(path).parent / "adapter_config.json"
+        settings = read_json(path)
+    else:
+        header = read_json(path, metadata.get("lora_adapter_metadata", "{}"))
+        settings = {key.removeprefix("transformer."): value for key, value in header.items()}
+    other = [key for key in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if settings.get(key)]
+    alpha = settings.get("lora_alpha")
+    if other or (settings and not is_size(alpha, 1.0)):
+        raise UserError(f"{path}: only a lora_alpha for all layers is supported, not {other or alpha}")
+    return alpha
 
 
 def read_lora(path, shapes):
-    """{official layer name: (A, B)} fp32 of a LoRA file, its strength folded into B; shapes: {name: (out,
-    in)} of the model's layers. Read are the spellings of diffusers, peft, ComfyUI, DiffSynth, kohya and
-    musubi.
+    """{layer: (A, B)} of a LoRA file in fp32, its strength alpha / rank folded into B; shapes: {layer: (out,
+    in)} of the model. Where no alpha is told the strength is 1.
 
-    The strength is alpha / rank, or alpha / sqrt(rank) with rsLoRA: alpha stands in `<layer>.alpha` or in the
-    header, of a layer or of all. UserError names a tensor that has no place: an adapter that loads in part is
-    worse than one that doesn't.
+    Read are our own files, diffusers', peft's beside their adapter_config.json, ComfyUI's and kohya's.
+    UserError names a tensor that has no place: an adapter that loads in part is worse than one that doesn't.
     """
     tensors, metadata = read_tensors(path)
-    try:
-        header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        header = {key.removeprefix("transformer."): value for key, value in header.items()}
-    except (ValueError, AttributeError):
-        raise UserError(f"{path} has a header that is no JSON object under lora_adapter_metadata") from None
-    flat, layers = {name.replace(".", "_"): name for name in shapes}, {}
+    alpha, layers = read_alpha(path, tensors, metadata), {}
+    own = {theirs: name for name in shapes for theirs in (name, to_diffusers(name), name.replace(".", "_"))}
     for key, x in tensors.items():
         match = LORA_KEY.fullmatch(key)
-        name = to_official(match[1]) if match else key
-        name = flat.get(name, name)
-        if match is None or name not in shapes:
-            why = next(what for pattern, what in LORA_FAULTS.items() if re.search(pattern, key))
-            raise UserError(f"{path}: {key} is {why}")
-        layers.setdefault(name, {})[LORA_PARTS[match[2]]] = x.float()
-    found = {}
+        name, part = (own.get(match[1]), LORA_PARTS[match[2]]) if match else (None, None)
+        if not name or part in layers.get(name, {}) or (part == "alpha" and x.numel() != 1):
+            raise UserError(f"{path}: {key} has no place in this model: only LoRA of its linear layers is "
+                            "supported, without DoRA, LoKr, LoHa, biases or image parts")
+        layers.setdefault(name, {})[part] = x.float()
     for name, layer in layers.items():
-        if not {"A", "B"} <= layer.keys():
-            raise UserError(f"{path}: {name} is not a pair of lora_A and lora_B")
-        A, B, rank = layer["A"], layer["B"], len(layer["A"])
-        if (len(B), A.shape[1]) != shapes[name]:
-            raise UserError(f"{path}: {name} is of a layer of {len(B)} x {A.shape[1]}, and this model's is "
-                            f"{shapes[name][0]} x {shapes[name][1]}: it is another model's")
-        alpha = header.get("lora_alpha", rank)
-        for pattern, value in (header.get("alpha_pattern") or {}).items():
-            alpha = value if re.fullmatch(rf"(.*\.)?({pattern})", to_diffusers(name)) else alpha
-        alpha = float(layer.get("alpha", alpha))
-        found[name] = A, B * (alpha / (math.sqrt(rank) if header.get("use_rslora") else rank))
-    if not found:
+        A, B = (layer.get(part, torch.zeros(0)) for part in "AB")
+        (out_features, in_features), rank = shapes[name], A.shape[:1]
+        if not A.numel() or A.shape != (*rank, in_features) or B.shape != (out_features, *rank):
+            raise UserError(f"{path}: {name} is no pair of this model: A {[*A.shape]}, B {[*B.shape]}")
+        layers[name] = A, B * (float(layer.get("alpha", alpha or len(A))) / len(A))
+    if not layers:
         raise UserError(f"{path} holds no adapters")
-    return found
+    return layers
 
 
 # ---- files ----
 
-HERE = Path(__file__).resolve().parent
-
-
-class UserError(ValueError):
-    """A fault that the user can mend: data.launch prints its one line and leaves with exit status 2."""
-
-
 def find(path):
     """The folder at path, as given or beside this file, so that `assets/base` works from anywhere; None where
-    it can only be a hub repository. UserError where it can't be one either.
+    it can only be a hub repository. UserError where it can be neither.
     """
     for folder in (Path(path), HERE / path):
         if folder.is_dir():
             return folder
-        if folder.exists():
-            raise UserError(f"{path} is a file: a folder is needed")
     of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).startswith("runs/")
     if not of_hub or Path(path).parent.is_dir():
-        raise UserError(f"{path} does not exist: name a run folder, a model's folder or a hub repository")
+        raise UserError(f"{path} is no folder: name that of a run or a model, or a hub repository")
     return None
 
 
 def fetch(path, wanted):
-    """The folder at path, see find, or the wanted files of the hub repository of that name. UserError names a
-    file that was not downloaded.
+    """The folder at path, see find, or else one with the wanted files of the hub repository of that name.
+    UserError where they cannot be downloaded.
     """
     folder = find(path)
     if folder is not None:
-        for file in (file for pattern in wanted for file in folder.glob(pattern)):
-            check_pointer(file)
         return folder
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except (OSError, ValueError) as e:
-        why = str(e).splitlines()[0]
-        raise UserError(f"{path} does not exist here and cannot be had from the hub: {why}") from None
+        raise UserError(f"{path} does not exist, here or on the hub: {shorten(str(e), 200)}") from None
 
 
 def check_pointer(path):
@@ -549,44 +529,37 @@ def check_pointer(path):
         raise UserError(f"{path} is a pointer of git-lfs, not the content: run git lfs pull there")
 
 
-def read_json(path):
-    """The object in a JSON file. UserError names a file that holds none."""
+def read_json(path, text=None):
+    """The object in a JSON file, or in a text from a file. UserError names a file that holds none."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
+        return dict(**json.loads(Path(path).read_text(encoding="utf-8") if text is None else text))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        check_pointer(path)
         raise UserError(f"{path} cannot be read as JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
 
 
 def read_config(raw, path):
-    """The Config that the config.json of diffusers or of official Wan holds, given as raw; path: where it
-    stands. UserError for another architecture.
+    """The Config in raw, what a config.json of diffusers or of official Wan holds; path: that file. UserError
+    names what is no size and what is of another architecture.
     """
     if "attention_head_dim" in raw:                                             # diffusers' keys
         raw = raw | {ours: raw.get(theirs) for ours, theirs in DIFFUSERS_CONFIG.items()}
-        heads = raw["num_heads"]
-        raw["dim"] = heads * raw["attention_head_dim"] if is_size(heads, 1) else None
-    usual = vars(Config())
-    sizes = {name: raw.get(name, value) for name, value in usual.items()}
-    for name, value in sizes.items():
-        if not is_size(value, usual[name]):
-            raise UserError(f"{path}: {name} = {value} is not a valid size")
-    channels = None, sizes["in_dim"]
-    allowed = {"_class_name": ("WanModel", "WanTransformer3DModel"), "model_type": ("t2v",),
-               "image_dim": (None,), "out_channels": channels, "out_dim": channels}
-    for key, values in allowed.items():
-        if raw.get(key, values[0]) not in values:
-            raise UserError(f"{path}: only Wan's text-to-video is supported, not {key} = {raw[key]}")
+        heads, width = raw["num_heads"], raw["attention_head_dim"]
+        raw["dim"] = heads * width if is_size(heads, 1) and is_size(width, 1) else None
+    sizes = {name: raw.get(name, usual) for name, usual in vars(Config()).items()}
+    fixed = dict(model_type="t2v", image_dim=None, out_channels=sizes["in_dim"], out_dim=sizes["in_dim"])
+    wrong = {name: value for name, value in sizes.items() if not is_size(value, getattr(Config, name))}
+    wrong |= {name: raw[name] for name, value in fixed.items() if raw.get(name) not in (None, value)}
+    if wrong:
+        raise UserError(f"{path} is not of a text-to-video Wan: {wrong}")
     return Config(**sizes | {"patch_size": tuple(sizes["patch_size"])})
 
 
 def is_size(x, usual):
-    """Whether x can be where a number, or three of them, is usual: one of its kind, above 0 and not huge."""
+    """Whether x can stand where usual does, a number or three: of its kind, above 0 and not huge."""
     if isinstance(usual, tuple):
         return isinstance(x, list) and len(x) == len(usual) and all(is_size(n, 1) for n in x)
-    return isinstance(x, type(usual)) and 0 < x < 2**20
+    return isinstance(x, (int, type(usual))) and 0 < x < 2**20
 
 
 def unshard(x):
@@ -594,66 +567,77 @@ def unshard(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def save_tensors(tensors, path, metadata=None):
-    """Write tensors as safetensors, to a temporary name and then renamed: no reader meets half a file. The
-    same tensors and metadata give the same bytes.
+def write_whole(path, content):
+    """Write bytes to a name that no other writer has, then rename it: no reader meets half a file."""
+    temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
-    Of several processes only the first writes; where tensors are sharded all must call this, to put them
-    together.
+
+def save_tensors(tensors, path, metadata=None):
+    """Write tensors as safetensors. The same tensors and metadata give the same bytes.
+
+    Of several processes only the first writes. Where tensors are sharded all must call this, since each has a
+    part of them.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     tensors = {k: unshard(v).detach().cpu().contiguous() for k, v in tensors.items()}
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
-    try:
-        save_file(tensors, f"{path}.tmp", {"format": "pt", **(metadata or {})})
-    except SafetensorError as e:                                                # such as a full disk
-        raise OSError(f"{path} cannot be written: {e}") from None
-    with open(f"{path}.tmp", "r+b") as file:                                   # safetensors shuffles metadata
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
-    umask = os.umask(0)                                                    # it can't be read without a change
-    os.umask(umask)
-    os.chmod(f"{path}.tmp", 0o666 & ~umask)                          # safetensors' files are the user's alone
-    os.replace(f"{path}.tmp", path)
+    content = bytearray(save(tensors, {"format": "pt", **(metadata or {})}))
+    end = 8 + int.from_bytes(content[:8], "little")                            # of the header, which is JSON
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    content[8:end] = header.encode().ljust(end - 8)                            # safetensors shuffles metadata
+    write_whole(path, content)
 
 
 def read_tensors(path, metadata_only=False):
-    """(tensors, metadata) of a safetensors file. UserError names a file that is none or is cut short."""
+    """(tensors, metadata) of a safetensors file. UserError names a file that is none or is cut short, and
+    tensors that are not finite.
+    """
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as file:
-            keys = [] if metadata_only else file.keys()
-            return {k: file.get_tensor(k) for k in keys}, file.metadata() or {}
+            tensors = {} if metadata_only else {k: file.get_tensor(k) for k in file.keys()}
+            check_finite(tensors, path)
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as e:
         check_pointer(path)
         raise UserError(f"{path} cannot be read as safetensors: {e}") from None
 
 
+def check_finite(tensors, path):
+    """UserError names a tensor of the file at path that holds nan or infinity, as its sum then is one too."""
+    for name, x in tensors.items():
+        if not x.sum(dtype=torch.float32).isfinite():
+            raise UserError(f"{path}: {name} holds numbers that are not finite: make or download it again")
+
+
+def read_weights(folder, name):
+    """The tensors of a model in a folder: those in the shards that <name>.safetensors.index.json names or,
+    where there is no index, in <name>.safetensors. All other files are left alone.
+    """
+    index = folder / f"{name}.safetensors.index.json"
+    shards = read_json(index).get("weight_map") if index.exists() else {"all": f"{name}.safetensors"}
+    if not isinstance(shards, dict):
+        raise UserError(f"{index} holds no weight_map")
+    files = sorted({str(file) for file in shards.values()})
+    return {k: v for file in files for k, v in read_tensors(folder / file)[0].items()}
+
+
 def load_strict(module, tensors, path):
-    """Give the module these tensors as its own. UserError names the missing, unexpected and misshapen, and
-    those that are no floating-point numbers.
+    """Give the module these tensors as its own. UserError names those that are missing, unexpected, misshapen
+    or no floating-point numbers.
     """
     try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as e:
-        _, *faults = str(e).splitlines()
-        raise UserError(f"{path} does not fit the model: {shorten(' '.join(faults), 300)}") from None
+        raise UserError(f"{path} does not fit the model: {shorten(str(e).split(':', 1)[-1], 300)}") from None
 
 
 if __name__ == "__main__":
-    import time
-    print("| preset | parameters | width | layers | heads |\n|---|---|---|---|---|")
     for name, c in PRESETS.items():
         with torch.device("meta"):
             size = sum(p.numel() for p in VideoDiT(c).parameters())
-        print(f"| {name} | {size:,} | {c.dim} | {c.num_layers} | {c.num_heads} |")
-    toy, tic = VideoDiT(PRESETS["toy"]), time.time()
-    for _ in range(3):
-        toy(torch.randn(24, 3, 8, 24, 24), torch.rand(24), torch.randn(24, 8, 32)).square().mean().backward()
-    seconds = (time.time() - tic) / 3
-    print(f"toy: {seconds:.2f} s for a forward and backward of 24 videos, {torch.get_num_threads()} threads")
+        print(f"{name}: {size:,} parameters, {c.num_layers} blocks of width {c.dim}, {c.num_heads} heads")

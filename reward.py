@@ -28,8 +28,8 @@ from data import (DIMS, RANK, RANKS, Shapes, all_gather, cached_file, caption_of
                   flawed_videos, gather_rows, is_cached, known_hash, launch, load_cached, markdown, metadata_of,
                   normalised, oracle, progress, read_shapes, read_video, rng, save_cached, short_hash,
                   true_scores, video_info, with_overall, write_json)
-from model import (LayerNorm, UserError, VideoDiT, add_lora, fetch, load_strict, read_config, read_json,
-                   read_tensors, save_tensors)
+from model import (LayerNorm, UserError, VideoDiT, add_lora, check_finite, fetch, load_strict, read_config, read_json,
+                   read_tensors, read_weights, save_tensors)
 
 
 # ---- the latent reward ----
@@ -403,7 +403,7 @@ class VideoReward(nn.Module):
         for file in files:                        # the later wins: an adapter may hold the embeddings as well
             tensors |= our_names(unpickle(file) if file.suffix == ".pth" else read_tensors(file)[0])
         reward = cls(config, tokenizer, settings).load(tensors, files[0].parent, dtype)
-        own = [*files, *(weight_files(base) if is_adapter else [])]
+        own = [*files, *(sorted(base.glob("*.safetensors")) if is_adapter else [])]
         reward.identity = short_hash(settings, str(dtype), [content_hash(file) for file in own])
         if (reward.std == 1).all():
             print(f"{checkpoint} has no constants to normalise by: its scores are raw")
@@ -438,6 +438,7 @@ def unpickle(path):
         raise UserError(f"{path} cannot be read as tensors: {str(e).splitlines()[0]}") from None
     if not isinstance(tensors, dict) or not all(torch.is_tensor(v) for v in tensors.values()):
         raise UserError(f"{path} holds no dictionary of tensors")
+    check_finite(tensors, path)
     return tensors
 
 
@@ -516,17 +517,10 @@ def our_names(tensors):
     return named
 
 
-def weight_files(folder):
-    """The safetensors files of a folder of transformers: those that its index names, if it has one."""
-    index = folder / "model.safetensors.index.json"
-    names = read_json(index)["weight_map"].values() if index.exists() else ["model.safetensors"]
-    return [folder / name for name in sorted(set(names))]
-
-
 def read_base_weights(folder, vocabulary):
     """The weights of a Qwen2-VL folder, its embedding cut or grown to this many rows, as transformers would.
     """
-    tensors = our_names({k: v for file in weight_files(folder) for k, v in read_tensors(file)[0].items()})
+    tensors = our_names(read_weights(folder, "model"))
     if EMBEDDING in tensors:                                                    # else load_strict misses it
         rows = tensors[EMBEDDING][:vocabulary]
         more = 0.02 * torch.randn(vocabulary - len(rows), rows.shape[1], generator=rng("rows"))

@@ -582,7 +582,7 @@ def fill_flags(args, world):
     """Set the flags that are unset: as a run was trained, else as the world's recipe says."""
     own = run_args(args.ckpt[0]) if args.ckpt else {}
     fill_unset(args, {"frames": own.get("frames"), "size": tuple(own.get("size") or ()) or None})
-    fill_unset(args, {"cfg_low": args.cfg if world.boundary else None})        # --cfg alone is of both experts
+    fill_unset(args, {"cfg_low": args.cfg if world.boundary else None})  # --cfg alone is of both experts
     fill_unset(args, RECIPES[world.recipe])
     fill_unset(args, {"dtype": "bf16" if world.name == "wan" and torch.cuda.is_available() else "fp32"})
     args.out = args.out or ("runs/sample" if args.resume else on_rank_0(free_folder)("runs/sample"))
@@ -606,7 +606,9 @@ def main(args):
 
 
 def draw_and_judge(args, world, rows, run, device):
-    """Draw the prompts of rows, write the videos or judge them, or both; returns what eval.json holds, if any."""
+    """Draw the prompts of rows, write the videos or judge them, or both; returns what eval.json holds, if
+    any.
+    """
     paths, result = args.ckpt or [args.model], None
     prompts = [row["prompt"] for row in rows for _ in range(args.n_per_prompt)]
     texts = embed_all(world, prompts, args.negative)                  # first: its encoder needs much memory
