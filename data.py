@@ -1243,7 +1243,7 @@ def start_ranks():
         return
     if torch.cuda.is_available():
         if torch.cuda.device_count() <= int(os.environ["LOCAL_RANK"]):
-            raise UserError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs, one for each process")
+            raise UserError(f"--nproc_per_node: {torch.cuda.device_count()} GPUs are there, one for each process")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
     if RANK:

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data import (DIMS, RANK, RANKS, Shapes, all_gather, cached_file, caption_of, check_world, content_hash,
-                  flawed_videos, gather_rows, is_cached, known_hash, launch, load_cached, markdown, metadata_of,
-                  normalised, oracle, progress, read_shapes, read_video, rng, save_cached, short_hash,
-                  true_scores, video_info, with_overall, write_json)
-from model import (LayerNorm, UserError, VideoDiT, add_lora, check_finite, fetch, load_strict, read_config, read_json,
-                   read_tensors, read_weights, save_tensors)
+                  flawed_videos, gather_rows, is_cached, known_hash, launch, load_cached, markdown,
+                  metadata_of, normalised, oracle, progress, read_shapes, read_video, rng, save_cached,
+                  short_hash, true_scores, video_info, with_overall, write_json)
+from model import (LayerNorm, UserError, VideoDiT, add_lora, check_finite, fetch, load_strict, read_config,
+                   read_json, read_tensors, read_weights, save_tensors)
 
 
 # ---- the latent reward ----

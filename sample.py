@@ -30,8 +30,8 @@ import numpy as np
 import torch
 
 from data import (DIMS, DTYPES, FRAMES, RANK, RANKS, SIZE, Count, Numbers, Run, Shapes, check_dim_w,
-                  check_world, clean_videos, fill_unset, free_folder, gather_rows, label_page, launch, lineage,
-                  markdown, merged, metadata_of, moving_sheet, normalised, on_rank_0, oracle, overall,
+                  check_world, clean_videos, fill_unset, free_folder, gather_rows, label_page, launch,
+                  lineage, markdown, merged, metadata_of, moving_sheet, normalised, on_rank_0, oracle, overall,
                   progress, read_log, read_table, read_video, recipes, rng, run_args, start_ranks, text_of,
                   thumbnails, to_float, to_uint8, toy_weights, weights_hash, whole_weights, with_overall,
                   world_of, write_json, write_video)

@@ -263,7 +263,7 @@ def test_a_lora_tensor_that_has_no_place_is_named(tmp_path):
             ({"blocks.0.self_attn.q.lora_A.default.weight": x}, "default.weight has no place"),
             (pair | {q.replace("q", "k") + ".lora_A.weight": x}, "blocks.0.self_attn.k is no pair"),
             (pair | {f"{q}.lora_A.weight": torch.ones(2, 49)}, r"is no pair of this model: A \[2, 49\]"),
-            (pair | {f"{q}.lora_down.weight": x}, "lora_(A|down).weight has no place"),      # A for a second time
+            (pair | {f"{q}.lora_down.weight": x}, "lora_(A|down).weight has no place"),  # A for a second time
             (pair | {f"{q}.lora_B.weight": torch.ones(48)}, "no pair"), ({}, "no adapters"),
             (pair | {f"{q}.lora_A.weight": x / 0}, "lora_A.weight .* not finite")):
         model_file.save_tensors({name: y.clone() for name, y in tensors.items()}, tmp_path / "x")
@@ -583,7 +583,7 @@ def test_killed_sampling_goes_on_to_the_same_files_and_keeps_what_is_there(batch
     log.write_text(log.read_text()[:-20])                                       # the last line is cut short
     monkeypatch.setattr(sample, "write_video", lambda *args: written.append(args[0].stem) or own(*args))
     sample.main(args)
-    assert written == ["003", "004", "005"]                                     # whole batches of one or three
+    assert written == ["003", "004", "005"]  # whole batches of one or three
     whole, run = ({file.name: file.read_bytes() for pattern in ("*.mp4", "*.csv")
                    for file in (tmp_path / name).glob(pattern)} for name in ("whole", "run"))
     assert whole == run and len(run) == 7
@@ -1844,7 +1844,7 @@ train_reward  --pairs {prefs}                                      is not a prom
 train_reward  --model assets/reward                                with --pairs
 train_reward  --model assets/reward --pairs {prefs} --depth 2      no --depth
 train_reward  --model assets/noisy --pairs {prefs}                 --noisy as it was
-train_reward  --eval oracle --pairs {prefs}                        oracle does not exist
+train_reward  --eval oracle --pairs {prefs}                        oracle is no folder
 train_reward  --model {base} --pairs {prefs} --noisy               on latents
 train_reward  --model {base} --pairs {plain} --loss regression     MOS_A_VQ
 train_reward  --model {base} --pairs {unread}                      row 2: {root}/text.mp4 cannot be read

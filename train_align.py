@@ -34,9 +34,9 @@ from model import PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_l
 from reward import check_reward, load_reward
 from sample import evaluate, expert_of, load_model, report, toy_videos
 
-# What unset flags fall to. The second column is the paper's Table 10, but for frames and size, which it doesn't
-# give, and for SFT, whose batch is 64 videos there: here it takes the winners of twice as many pairs. The first
-# column was tuned on validation prompts; the third makes the toy's base.
+# What unset flags fall to. The second column is the paper's Table 10, but for frames and size, which it
+# doesn't give, and for SFT, whose batch is 64 videos there: here it takes the winners of twice as many pairs.
+# The first column was tuned on validation prompts; the third makes the toy's base.
 RECIPES = recipes(("shapes", "wan", "pretrain"), {                              # Wan 2.2: carried over
     "lr":            (3e-4,         5e-6,       2e-3),
     "lora_rank":     (16,           64,         0),
