@@ -10,6 +10,7 @@ alone. Pixels are (B, 3, T, H, W) in [-1, 1]; files hold uint8 (T, H, W, 3).
 """
 import argparse
 import csv
+import filecmp
 import hashlib
 import inspect
 import io
@@ -732,30 +733,24 @@ def markdown(head, rows):
 
 def content_hash(path):
     """A name for a file's content: a hash of all of it or, above 256 MiB, of its size and of 4,096 pages
-    spread evenly. UserError where it can't be read.
+    spread evenly.
     """
-    try:
-        with open(path, "rb") as file:
-            size, page = os.fstat(file.fileno()).st_size, 4096
-            if size <= 2**28:
-                return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-            digest = hashlib.sha256(str(size).encode())
-            for place in range(page):
-                file.seek(place * (size - page) // (page - 1))
-                digest.update(file.read(page))
-            return digest.hexdigest()[:32]
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+    with open(path, "rb") as file:
+        size, page = os.fstat(file.fileno()).st_size, 4096
+        if size <= 2**28:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        digest = hashlib.sha256(str(size).encode())
+        for place in range(page):
+            file.seek(place * (size - page) // (page - 1))
+            digest.update(file.read(page))
+        return digest.hexdigest()[:32]
 
 
 def known_hash(cache, path):
     """The content_hash of a file. The folder cache knows it by path, size and time of change, so that no
     video is read through a second time.
     """
-    try:
-        stat = os.stat(path)
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+    stat = os.stat(path)
     memory = Path(cache) / f"hash-{short_hash(os.path.realpath(path), stat.st_size, stat.st_mtime_ns)}"
     if not memory.exists():
         write_whole(memory, content_hash(path).encode())
@@ -822,7 +817,7 @@ class Shapes(World):
             return toy_pairs(args.n_pairs, "train", args.seed, labelled=labelled)
         pairs = read_pairs(args.pairs, args.skip_bad)
         self.check_prompts(pairs.prompts)
-        return without_twins(pairs, content_hash)
+        return without_twins(pairs)
 
     def encode(self, pairs, args):
         """The pairs with their videos in memory. UserError names a bad one, unless args.skip_bad."""
@@ -875,7 +870,7 @@ def look_into(pairs, skip_bad, look, use=lambda path, found: found):
     for future, path in progress(zip(prefetch(look, mine), mine), "videos", total=len(mine)):
         try:
             found[path] = use(path, future.result())
-        except UserError as e:
+        except (UserError, OSError) as e:
             bad[path] = f"row {lines[path]}: {e}"
             if not skip_bad:
                 raise UserError(f"{bad[path]}; mend it, or leave such pairs out with --skip_bad") from None
@@ -897,18 +892,16 @@ def prefetch(load, items):
             yield future
 
 
-def without_twins(pairs, hash_of):
+def without_twins(pairs):
     """The pairs but for those of a video with itself or its copy, which say nothing; they are counted."""
-    def twins(a, b):
-        a_size, b_size = (os.path.getsize(x) if os.path.exists(x) else x for x in (a, b))
-        return a == b or a_size == b_size and hash_of(a) == hash_of(b)
-    found = [twins(*pair) for pair in pairs.videos]
-    if any(found):
-        print(f"left out {sum(found)} pairs of a video with itself or its copy, such as row "
-              f"{pairs.lines[found.index(True)]}")
-    if all(found):
+    twins = [a == b or os.path.isfile(a) and os.path.isfile(b) and filecmp.cmp(a, b, shallow=False)
+             for a, b in pairs.videos]
+    if any(twins):
+        line = pairs.lines[twins.index(True)]
+        print(f"left out {sum(twins)} pairs of a video with itself or its copy, such as row {line}")
+    if all(twins):
         raise UserError("no pair is left: in each, both sides are the same video")
-    return pairs.subset([i for i, same in enumerate(found) if not same])
+    return pairs.subset([i for i, same in enumerate(twins) if not same])
 
 
 WAN_FPS, WAN_TEXT_LEN = 16, 512
@@ -965,16 +958,17 @@ class Wan(World):
         if not args.pairs:
             raise UserError(f"{args.model} has no pairs of its own: give a file by --pairs, such as "
                             "sample.py --n_per_prompt 4 --reward RUN writes")
-        hash_of, facts, small = partial(known_hash, args.cache), self.facts("vae"), {}
+        facts, small = self.facts("vae"), {}
 
         def look(path):
-            file = cached_file(args.cache, "video", hash_of(path), args.frames, args.size, facts)
+            content = known_hash(args.cache, path)
+            file = cached_file(args.cache, "video", content, args.frames, args.size, facts)
             if not is_cached(file):
                 _, seconds, _, *size = video_times(path)
                 check_length(path, seconds, args.frames, self.fps)
                 small[path] = share_kept(size, args.size) < 2 / 3
             return file
-        pairs = without_twins(read_pairs(args.pairs, args.skip_bad), hash_of)
+        pairs = without_twins(read_pairs(args.pairs, args.skip_bad))
         pairs, files = look_into(pairs, args.skip_bad, look)
         self.cached |= files
         small = merged(small)
@@ -1242,8 +1236,6 @@ def start_ranks():
     if RANKS == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
-        if torch.cuda.device_count() <= int(os.environ["LOCAL_RANK"]):
-            raise UserError(f"--nproc_per_node: {torch.cuda.device_count()} GPUs are there, one for each process")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
     if RANK:
@@ -1457,9 +1449,8 @@ def launch(main, cls, doc, argv=None):
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         rank, why = f" rank {RANK}:" if RANKS > 1 else "", str(e).splitlines()
         if isinstance(e, torch.OutOfMemoryError):
-            savers = "accumulate", "decoupled", "shard", "batch", "frames", "size", "dtype"
-            flags = [f"--{f.name}" for f in fields(cls) if f.name in savers]
-            why = [f"out of memory: {', '.join(flags) or 'the model'} decide how much is needed. {why[0]}"]
+            helps = "less --frames, --size or --batch, more --accumulate, --decoupled, --shard"
+            why = [f"out of memory: what helps is {helps}. {why[0]}"]
         print(f"error:{rank}", *why, file=sys.stderr)
         raise SystemExit(2) from None
     if dist.is_initialized():
@@ -1664,24 +1655,21 @@ def stop_signals():
 
 # ---- the script ----
 
-def shapes_sheet(path):
-    """Draw videos of the twelve renderers with their oracle scores, each beside a flawless one."""
-    prompts = PROMPTS[::6]                                                 # 12 of them, one for each renderer
-    bad, good = render_as(torch.arange(len(RENDERERS)), prompts, rng(0)).float(), clean_videos(prompts)
-    tiles = [(prompt, [thumbnails(a), thumbnails(b)], f"{name}:  {caption_of(score)}")
-             for prompt, a, b, name, score in zip(prompts, bad, good, RENDERERS, oracle(bad, prompts))]
-    moving_sheet(path, tiles, FRAMES / FPS)
-
-
 def main(args):
-    """Write the labelling page of a pairs file; without one, shapes.webp."""
+    """Write the labelling page of a pairs file; without one, shapes.webp: videos of the twelve renderers with
+    their oracle scores, each beside a flawless one.
+    """
     if args.label:
         pairs = read_pairs(args.label, labelled=False)
         rows = [(prompt, *videos) for prompt, videos in zip(pairs.prompts, pairs.videos)]
         label_page(Path(args.label).with_suffix(".html"), rows)
-    else:
-        shapes_sheet("shapes.webp")
-        print("wrote shapes.webp: twelve renderers with their oracle scores, each beside a flawless video")
+        return
+    prompts = PROMPTS[::6]                                                 # 12 of them, one for each renderer
+    bad, good = render_as(torch.arange(len(RENDERERS)), prompts, rng(0)).float(), clean_videos(prompts)
+    tiles = [(prompt, [thumbnails(a), thumbnails(b)], f"{name}:  {caption_of(score)}")
+             for prompt, a, b, name, score in zip(prompts, bad, good, RENDERERS, oracle(bad, prompts))]
+    moving_sheet("shapes.webp", tiles, FRAMES / FPS)
+    print("wrote shapes.webp: twelve renderers with their oracle scores, each beside a flawless video")
 
 
 @dataclass
@@ -1690,5 +1678,5 @@ class Args:
 
 
 if __name__ == "__main__":
-    launch(main, Args, __doc__, [word.replace("label", "--label", 1) if k == 1 else word for k, word in
-                                 enumerate(sys.argv)][1:])
+    words = sys.argv[1:]
+    launch(main, Args, __doc__, ["--label", *words[1:]] if words[:1] == ["label"] else words)

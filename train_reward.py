@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from data import (DIMS, RANKS, Count, Numbers, Run, Shapes, command, content_hash, draw_noise, fill_unset,
+from data import (DIMS, RANKS, Count, Numbers, Run, Shapes, command, draw_noise, fill_unset,
                   launch, learning_rate_scale, look_into, micro_batches, normalised, read_pairs, recipes,
                   report_pairs, rng, run_args, step_rows, toy_pairs, without_twins,
                   true_scores, with_overall, world_of, write_json)
@@ -160,7 +160,7 @@ def read_files(args, world):
     """
     if world is None:
         pairs = read_pairs(args.pairs, args.skip_bad)
-        pairs = pairs if args.eval else without_twins(pairs, content_hash)      # measured are all of them
+        pairs = pairs if args.eval else without_twins(pairs)      # measured are all of them
         pairs, _ = look_into(pairs, args.skip_bad, check_video)
     else:
         pairs = world.read(args)
