@@ -300,6 +300,8 @@ class VideoDiT(nn.Module):
         adapters. Above its limit of such variants, 8 by default, torch runs them uncompiled.
         """
         torch._dynamo.config.recompile_limit = 64
+        # attention counts as random, for a dropout that is 0 here: its state is kept in the plainer way
+        torch._functorch.config.graphsafe_rng_functionalization = False
         for block in self.blocks:
             block.compile(dynamic=False)
 
