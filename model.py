@@ -299,9 +299,10 @@ class VideoDiT(nn.Module):
         It is compiled anew for each size of a micro-batch, with and without gradients, with and without
         adapters. Above its limit of such variants, 8 by default, torch runs them uncompiled.
         """
+        from torch._functorch import config
         torch._dynamo.config.recompile_limit = 64
         # attention counts as random, for a dropout that is 0 here: its state is kept in the plainer way
-        torch._functorch.config.graphsafe_rng_functionalization = False
+        config.graphsafe_rng_functionalization = False
         for block in self.blocks:
             block.compile(dynamic=False)
 
