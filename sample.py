@@ -30,10 +30,10 @@ import torch
 
 from data import (DIMS, DTYPES, FRAMES, RANK, RANKS, SIZE, Count, Numbers, Run, Shapes, check_dim_w,
                   check_world, clean_videos, fill_unset, free_folder, gather_rows, label_page, launch,
-                  lineage, markdown, merged, metadata_of, moving_sheet, normalised, on_rank_0, oracle, overall,
-                  progress, read_log, read_table, recipes, rng, run_args, start_ranks, text_of, thumbnails,
-                  to_float, to_uint8, toy_weights, weights_hash, whole_weights, with_overall, world_of,
-                  write_json, write_video)
+                  lineage, markdown, merged, metadata_of, moving_sheet, normalised, on_rank_0, oracle,
+                  overall, progress, read_log, read_table, recipes, rng, run_args, start_ranks, text_of,
+                  thumbnails, to_float, to_uint8, toy_weights, weights_hash, whole_weights, with_overall,
+                  world_of, write_json, write_video)
 from model import (Experts, UserError, VideoDiT, find, load_lora, lora_disabled, read_json, read_tensors,
                    save_tensors)
 from reward import LatentReward, check_reward, load_reward
@@ -138,10 +138,10 @@ def load_all(paths, world, dtype, loras=(), base=None, device="cpu"):
     paths may be runs of one expert, beside which the other is the plain one, or of both. loras: files that go
     on the model one after the other or, of two experts, one on each, the high-noise one first.
     """
-    runs = {expert_of(path) or "both": path for path in paths}
+    runs = {expert_of(path): path for path in paths}                            # None: of both experts
     if len(runs) < len(paths):
         raise UserError(f"{' and '.join(paths)}: two runs must be one of each expert of Wan 2.2 A14B")
-    plain = runs.get("both", lineage(paths[0], base)[-1])
+    plain = runs.get(None, lineage(paths[0], base)[-1])
     experts = ("high", "low") if world.boundary else (None,)
     models = [load_model(runs.get(expert, plain), dtype, expert, base) for expert in experts]
     for i, file in enumerate(loras):
@@ -531,10 +531,17 @@ def file_names(args, rows):
 
 
 def check_args(args, world):
-    """The rows of prompts. Fill unset flags, and refuse what contradicts itself, before a model is loaded."""
+    """The rows of prompts. Sets the flags that are unset, as a run was trained, else as the world's recipe
+    says, and refuses what contradicts itself, before a model is loaded.
+    """
     if sum(map(bool, (args.prompt, args.prompts, args.eval))) != 1 or args.x or args.by:
         raise UserError("one thing at a time: --prompt TEXT, --prompts FILE, --eval 512 or --compare RUN")
-    fill_flags(args, world)
+    own = run_args(args.ckpt[0]) if args.ckpt else {}
+    dtype = "bf16" if world.name == "wan" and torch.cuda.is_available() else "fp32"
+    fill_unset(args, {"frames": own.get("frames"), "size": tuple(own.get("size") or ()) or None})
+    fill_unset(args, {"cfg_low": args.cfg if world.boundary else None})  # --cfg alone is of both experts
+    fill_unset(args, RECIPES[world.recipe] | {"dtype": dtype})
+    args.out = args.out or ("runs/sample" if args.resume else on_rank_0(free_folder)("runs/sample"))
     world.latent_shape(args.frames, args.size)                                  # refuses what cannot be
     rows, paths = read_prompts(args, world), args.ckpt or [args.model]
     world.check_prompts([row["prompt"] for row in rows])
@@ -555,16 +562,6 @@ def check_args(args, world):
         raise UserError(f"--against {args.against} is another kind of model than {paths[0]}: name its like")
     check_dim_w(args.dim_w)
     return rows
-
-
-def fill_flags(args, world):
-    """Set the flags that are unset: as a run was trained, else as the world's recipe says."""
-    own = run_args(args.ckpt[0]) if args.ckpt else {}
-    fill_unset(args, {"frames": own.get("frames"), "size": tuple(own.get("size") or ()) or None})
-    fill_unset(args, {"cfg_low": args.cfg if world.boundary else None})  # --cfg alone is of both experts
-    dtype = "bf16" if world.name == "wan" and torch.cuda.is_available() else "fp32"
-    fill_unset(args, RECIPES[world.recipe] | {"dtype": dtype})
-    args.out = args.out or ("runs/sample" if args.resume else on_rank_0(free_folder)("runs/sample"))
 
 
 def base_of(args):
