@@ -309,7 +309,7 @@ class VideoDiT(nn.Module):
 
 class Experts(nn.Module):
     """Wan 2.2 A14B: a VideoDiT for times from boundary up and another below. The one in use comes to the
-    device of xt and sends the other to the CPU, if it is not there already.
+    device of xt, the other goes to the CPU.
     """
 
     def __init__(self, high, low, boundary):
@@ -319,10 +319,8 @@ class Experts(nn.Module):
     def forward(self, xt, t, text):
         """Velocity like xt (B, C, T, H, W), at one time t (B,) for all."""
         expert, other = (self.high, self.low) if t[0] >= self.boundary else (self.low, self.high)
-        if next(expert.parameters()).device != xt.device:
-            other.cpu()
-            expert.to(xt.device)
-        return expert(xt, t, text)
+        other.cpu()                                                     # nothing moves that is there already
+        return expert.to(xt.device)(xt, t, text)
 
 
 # ---- LoRA (Hu et al. 2021, arXiv:2106.09685) ----
@@ -369,13 +367,13 @@ def add_lora(model, rank, alpha, targets=("q", "k", "v", "o"), seed=0):
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for parent in list(getattr(model, "blocks", model).modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear) or (name in targets and isinstance(child, nn.Linear)):
-                A, B = torch.empty(rank, child.weight.shape[1]), torch.zeros(child.weight.shape[0], rank)
-                nn.init.kaiming_uniform_(A, a=5**0.5, generator=generator)
-                earlier = child.joined() if isinstance(child, LoRALinear) else (None, None)
-                setattr(parent, name, LoRALinear(child, A, B, alpha / rank, earlier))
+    searched = getattr(model, "blocks", model)
+    for name, m in list(searched.named_modules()):
+        if isinstance(m, LoRALinear) or (isinstance(m, nn.Linear) and name.split(".")[-1] in targets):
+            A, B = torch.empty(rank, m.weight.shape[1]), torch.zeros(m.weight.shape[0], rank)
+            nn.init.kaiming_uniform_(A, a=5**0.5, generator=generator)
+            earlier = m.joined() if isinstance(m, LoRALinear) else (None, None)
+            searched.set_submodule(name, LoRALinear(m, A, B, alpha / rank, earlier))
     return model
 
 
@@ -455,12 +453,10 @@ def read_alpha(path, tensors, metadata):
     """The alpha of all layers of a LoRA file, from the adapter_config.json that peft writes beside it or from
     the header that diffusers writes into it. None where no alpha is told.
     """
+    text = metadata.get("lora_adapter_metadata", "{}")
     if any(key.startswith("base_model.") for key in tensors):
-        path = Path(path).parent / "adapter_config.json"
-        settings = read_json(path)
-    else:
-        header = read_json(path, metadata.get("lora_adapter_metadata", "{}"))
-        settings = {key.removeprefix("transformer."): value for key, value in header.items()}
+        path, text = Path(path).parent / "adapter_config.json", None
+    settings = {key.removeprefix("transformer."): value for key, value in read_json(path, text).items()}
     other = [key for key in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if settings.get(key)]
     alpha = settings.get("lora_alpha")
     if other or (settings and not is_size(alpha, 1.0)):
@@ -515,9 +511,8 @@ def fetch(path, wanted):
     """The folder at path, see find, or else one with the wanted files of the hub repository of that name.
     UserError where they cannot be downloaded.
     """
-    folder = find(path)
-    if folder is not None:
-        return folder
+    if find(path):
+        return find(path)
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
@@ -622,10 +617,8 @@ def read_weights(folder, name):
     where there is no index, in <name>.safetensors. All other files are left alone.
     """
     index = folder / f"{name}.safetensors.index.json"
-    shards = read_json(index).get("weight_map") if index.exists() else {"all": f"{name}.safetensors"}
-    if not isinstance(shards, dict):
-        raise UserError(f"{index} holds no weight_map")
-    files = sorted({str(file) for file in shards.values()})
+    shards = read_json(index).get("weight_map", {}) if index.exists() else {"all": f"{name}.safetensors"}
+    files = sorted(set(shards.values()))
     return {k: v for file in files for k, v in read_tensors(folder / file)[0].items()}
 
 
@@ -640,7 +633,5 @@ def load_strict(module, tensors, path):
 
 
 if __name__ == "__main__":
-    for name, c in PRESETS.items():
-        with torch.device("meta"):
-            size = sum(p.numel() for p in VideoDiT(c).parameters())
-        print(f"{name}: {size:,} parameters, {c.num_layers} blocks of width {c.dim}, {c.num_heads} heads")
+    for name, config in PRESETS.items():
+        print(f"{name}: {config}")

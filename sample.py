@@ -16,7 +16,6 @@ alignment moves that: sweep --cfg with --split val, and give --compare those run
 """
 import csv
 import json
-import os
 import re
 from collections import defaultdict
 from contextlib import nullcontext, suppress
@@ -31,8 +30,8 @@ import torch
 
 from data import (DIMS, DTYPES, FRAMES, RANK, RANKS, SIZE, Count, Numbers, Run, Shapes, check_dim_w,
                   check_world, clean_videos, fill_unset, free_folder, gather_rows, label_page, launch,
-                  lineage, markdown, merged, metadata_of, moving_sheet, normalised, on_rank_0, oracle, overall,
-                  progress, read_log, read_table, read_video, recipes, rng, run_args, start_ranks, text_of,
+                  lineage, markdown, merged, metadata_of, moving_sheet, normalised, on_rank_0, oracle,
+                  overall, progress, read_log, read_table, recipes, rng, run_args, start_ranks, text_of,
                   thumbnails, to_float, to_uint8, toy_weights, weights_hash, whole_weights, with_overall,
                   world_of, write_json, write_video)
 from model import (Experts, UserError, VideoDiT, find, load_lora, lora_disabled, read_json, read_tensors,
@@ -134,26 +133,21 @@ def load_model(path, dtype=torch.float32, expert=None, base=None):
     return model.eval().requires_grad_(False)
 
 
-def load_all(paths, world, dtype, loras=(), base=None):
-    """The model of a path or, of Wan 2.2 A14B, its Experts; paths may be runs of one expert, beside which
-    the other is the plain one, or of both. loras: files that go on the model one after the other or, of two
-    experts, one on each, the high-noise one first.
+def load_all(paths, world, dtype, loras=(), base=None, device="cpu"):
+    """The model of a path on the device or, of Wan 2.2 A14B, its Experts, which come there in their turn;
+    paths may be runs of one expert, beside which the other is the plain one, or of both. loras: files that go
+    on the model one after the other or, of two experts, one on each, the high-noise one first.
     """
-    runs = {expert_of(path) or "both": path for path in paths}
+    runs = {expert_of(path): path for path in paths}                            # None: of both experts
     if len(runs) < len(paths):
         raise UserError(f"{' and '.join(paths)}: two runs must be one of each expert of Wan 2.2 A14B")
-    plain = runs.get("both", lineage(paths[0], base)[-1])
+    plain = runs.get(None, lineage(paths[0], base)[-1])
     experts = ("high", "low") if world.boundary else (None,)
     models = [load_model(runs.get(expert, plain), dtype, expert, base) for expert in experts]
     for i, file in enumerate(loras):
         load_lora(models[i % len(models)], file)
+    models[0].to(device)
     return Experts(*models, world.boundary) if world.boundary else models[0]
-
-
-def to_device(model, device):
-    """The model on the device; of Experts only the high-noise one, as each comes there in its turn."""
-    (model.high if isinstance(model, Experts) else model).to(device)
-    return model
 
 
 def start_model(args, model, world, device):
@@ -165,8 +159,7 @@ def start_model(args, model, world, device):
         return lora_disabled(model)
     if args.against:
         model.to("meta")                                                # frees it, whoever still names it
-        torch.cuda.empty_cache()
-        model = to_device(load_all([args.against], world, DTYPES[args.dtype]), device)
+        model = load_all([args.against], world, DTYPES[args.dtype], device=device)
     return nullcontext(model)
 
 
@@ -262,16 +255,16 @@ def pixel_statistics(videos):
 
 
 def hacking(result):
-    """A warning where a reward prefers the new videos, but the oracle does not, or a pixel statistic fell by
-    30 %. "" where all is well or no reward was asked.
+    """A warning where the reward prefers the new videos, but the oracle does not, or a pixel statistic fell
+    by 30 %. "" where all is well or no reward was asked.
     """
-    asked = result["win_rate"] if "judge" in result else result.get("win_rate_reward", {"Overall": 0})
+    reward, truth = (result.get(key, {"Overall": 0})["Overall"] for key in ("win_rate_reward", "win_rate"))
     changes = [(name, old, result["pixels"][name]) for name, old in result["pixels_start"].items()]
     faults = [f"{name} fell from {old:.3f} to {new:.3f}" for name, old, new in changes if new < 0.7 * old]
-    if result["win_rate"]["Overall"] < 0.5:
-        faults.append(f"the oracle prefers them in {result['win_rate']['Overall']:.0%} only")
-    said = f"reward hacking? The reward prefers the videos in {asked['Overall']:.0%}, but {', '.join(faults)}"
-    return said if asked["Overall"] > 0.5 and faults else ""
+    if truth < 0.5:
+        faults.append(f"the oracle prefers them in {truth:.0%} only")
+    said = f"reward hacking? The reward prefers the videos in {reward:.0%}, but {', '.join(faults)}"
+    return said if reward > 0.5 and faults else ""
 
 
 def evaluate(videos, start, prompts, reward=None, best=None):
@@ -290,12 +283,12 @@ def evaluate(videos, start, prompts, reward=None, best=None):
         text = Shapes().embed(prompts)
         r, r_start = (reward.score_drawn(x, text, None, prompts) for x in (videos, start))
         result["win_rate_reward"] = win_rates(r, r_start)
-    result["gap_closed"] = gap_closed(new, old, clean)
-    result["gap_closed_best"] = gap_closed(new, old if best is None else oracle(best, prompts), clean)
-    for name, score in (("oracle", new), ("oracle_start", old), ("oracle_clean", clean)):
-        result[name] = by_dimension(score.mean(0))
-    return {**result, "pixels": pixel_statistics(videos), "pixels_start": pixel_statistics(start),
-            "n": len(prompts)}
+    return result | {
+        "gap_closed": gap_closed(new, old, clean),
+        "gap_closed_best": gap_closed(new, old if best is None else oracle(best, prompts), clean),
+        "oracle": by_dimension(new.mean(0)), "oracle_start": by_dimension(old.mean(0)),
+        "oracle_clean": by_dimension(clean.mean(0)), "pixels": pixel_statistics(videos),
+        "pixels_start": pixel_statistics(start), "n": len(prompts)}
 
 
 @on_rank_0
@@ -305,9 +298,9 @@ def report(folder, result, prompts=(), videos=None, start=None):
     """
     write_json(folder / "eval.json", result)
     print_results([(run_args(folder).get("cfg", BEST_CFG), [folder])], {folder: result})
-    if hacking(result):
-        print(hacking(result))
     if videos is not None:
+        if hacking(result):
+            print(hacking(result))
         save_tensors({"videos": to_uint8(videos[:12]), "start": to_uint8(start[:12])},
                      folder / "samples.safetensors", {"prompts": json.dumps(prompts[:12])})
         draw_samples([folder], folder / "samples.webp")
@@ -315,24 +308,16 @@ def report(folder, result, prompts=(), videos=None, start=None):
 
 # ---- comparison and figures ----
 
-def origin(folder, without=(), inside=()):
-    """The arguments of a run as text, but for its folder and for those without. In the place of a run that
-    they name, or of a file in one, stands that run's own origin: two runs that came about alike with other
-    seeds, however many runs ago, differ in nothing but seeds. inside: runs that are not followed again.
-    """
-    def own(match):
-        path = Path(match[1] if os.path.isdir(match[1]) else os.path.dirname(match[1]))
-        is_run = os.path.isdir(path) and run_args(path) and path not in inside
-        return origin(path, (), (*inside, path)) if is_run else match[0]
-    args = {flag: x for flag, x in run_args(folder).items() if flag not in ("out", "resume", *without)}
-    return re.sub(r'"([^"]*/[^"]*)"', own, json.dumps(args, ensure_ascii=False))
+def words(x):
+    """An argument as text, of paths their last part: runs/0/dpo and runs/1/dpo are called alike."""
+    return " ".join(Path(str(y)).name for y in (x if isinstance(x, list) else [x]))
 
 
 def rows_of(folders, results):
     """[(guidance, run folders)], the rows of a table of runs with these results.
 
-    Runs are seeds of one row if their origins differ in nothing but seeds. Where two have equal seeds too,
-    something else was changed, such as the code: each is then a row of its own.
+    Runs are seeds of one row if the words of their arguments differ in the seed alone. Where two have equal
+    seeds too, something else was changed, such as the code: each is then a row of its own.
 
     A method's best guidance is chosen on validation prompts. Where runs that differ in --cfg, --split and
     seeds alone were drawn at some guidance on both, validation and held-out prompts, one row is left: the
@@ -340,15 +325,16 @@ def rows_of(folders, results):
     """
     methods, rows = defaultdict(lambda: defaultdict(list)), []
     for folder in folders:
-        args, method = run_args(folder), re.sub(r'"seed": \d+', "", origin(folder, ("cfg", "split")))
+        args = run_args(folder)
+        varied = "seed", "out", "resume", "cfg", "split"
+        method = str({flag: words(x) for flag, x in args.items() if flag not in varied})
         methods[method][args.get("split", "eval"), args.get("cfg", BEST_CFG)].append(folder)
     for points in methods.values():
         closed = {cfg: np.mean([results[run]["gap_closed_best"]["Overall"] for run in points["val", cfg]])
                   for split, cfg in points if split == "eval" and ("val", cfg) in points}
-        shown = [("eval", max(closed, key=closed.get))] if closed else points
-        for split, cfg in shown:
+        for split, cfg in [("eval", max(closed, key=closed.get))] if closed else points:
             runs = points[split, cfg]
-            are_seeds = len({origin(run) for run in runs}) == len(runs)
+            are_seeds = len({run_args(run).get("seed") for run in runs}) == len(runs)
             rows += [(cfg, runs)] if are_seeds else [(cfg, [run]) for run in runs]
     return rows
 
@@ -413,9 +399,8 @@ def compare_runs(args):
     results = {folder: read_json(folder / "eval.json") for folder in folders}
     rows = rows_of(folders, results)
     if all("by_t" in result for result in results.values()):
-        ceilings = {json.dumps(result["ceiling"]): result["ceiling"] for result in results.values()}
         found = {str(runs[0]): [results[run]["by_t"]["0.0"] for run in runs] for _, runs in rows}
-        return print_accuracies({"ceiling": [*ceilings.values()]} | found)
+        return print_accuracies({"ceiling": [result["ceiling"] for result in results.values()]} | found)
     if not all("win_rate" in result for result in results.values()):
         raise UserError("--compare takes runs with win rates, or rewards of Shapes world: one is neither")
     print_results(rows, results)
@@ -423,24 +408,19 @@ def compare_runs(args):
 
 
 def draw_samples(folders, out):
-    """Draw the first videos of runs of Shapes world side by side, after those of the first run's start. Below
-    stand the oracle's scores in the same order.
-    """
+    """Draw the first videos of runs of Shapes world side by side, after those of the first run's start."""
     files = [folder / "samples.safetensors" for folder in folders]
     if not all(file.exists() for file in files):                         # Wan's videos are files of their own
         return
-    found, tiles = [read_tensors(file) for file in files], []
-    sides = [found[0][0]["start"], *(tensors["videos"] for tensors, _ in found)]
-    prompts = zip(*(json.loads(metadata["prompts"]) for _, metadata in found))
-    for (prompt, *others), *videos in zip(prompts, *sides):
-        if {prompt}.issuperset(others):
-            videos = to_float(torch.stack(videos))
-            scores = zip(DIMS, oracle(videos, [prompt] * len(videos)).T)
-            caption = "  ".join(" ".join([dim, *(f"{x:.2f}" for x in score)]) for dim, score in scores)
-            tiles.append((prompt, [thumbnails(video) for video in videos], caption))
-    if tiles:
-        moving_sheet(out, tiles, FRAMES / Shapes.fps)
-        print(f"wrote {out}: start, {', '.join(map(str, folders))}")
+    found, all_metadata = zip(*map(read_tensors, files))
+    if len({metadata["prompts"] for metadata in all_metadata}) > 1:
+        return
+    sides = [found[0]["start"], *(tensors["videos"] for tensors in found)]
+    prompts = json.loads(all_metadata[0]["prompts"])
+    tiles = [(prompt, [thumbnails(to_float(video)) for video in videos], "")
+             for prompt, *videos in zip(prompts, *sides)]
+    moving_sheet(out, tiles, FRAMES / Shapes.fps)
+    print(f"wrote {out}: start, {', '.join(map(str, folders))}")
 
 
 def figure(folders, x, ys, by, out):
@@ -455,26 +435,26 @@ def figure(folders, x, ys, by, out):
     def look_up(found, path):
         for key in path.split("/"):
             found = found[key]
-        return Path(found[0]).name if isinstance(found, list) and found else found      # a run by its name
+        return found
 
     lines = defaultdict(lambda: defaultdict(list))
     for folder in folders:
         for event in read_log(folder) if x == "step" else [read_json(folder / "eval.json")]:
             found = run_args(folder) | event
             try:
-                line = ", ".join(f"{flag} {look_up(found, flag)}" for flag in by)
+                line = ", ".join(f"{flag} {words(look_up(found, flag))}" for flag in by)
                 for y in ys:
                     lines[y, line][float(look_up(found, x))].append(float(look_up(found, y)))
             except (KeyError, ValueError, TypeError) as e:
                 raise UserError(f"{folder}: {', '.join([x, *ys, *by])} cannot be drawn: {e}") from None
     canvas = Figure(figsize=(4 * len(ys), 3.4), layout="constrained")
-    panels = dict(zip(ys, canvas.subplots(1, len(ys), squeeze=False)[0]))
+    panels = canvas.subplots(1, len(ys), squeeze=False)[0]
     for (y, line), points in lines.items():
-        places = sorted(points)
-        means, deviations = ([of(points[place]) for place in places] for of in (np.mean, np.std))
-        panels[y].errorbar(places, means, deviations, marker=".", label=line or y)
-        panels[y].set(title=y, xlabel=x)
-        panels[y].legend(fontsize=8)
+        panel, places = panels[ys.index(y)], sorted(points)
+        means, deviations = [np.mean(points[at]) for at in places], [np.std(points[at]) for at in places]
+        panel.errorbar(places, means, deviations, marker=".", label=line or y)
+        panel.set(title=y, xlabel=x)
+        panel.legend(fontsize=8)
     canvas.savefig(out, dpi=100)
     print(f"wrote {out}")
     return lines
@@ -521,13 +501,12 @@ def read_prompts(args, world):
     """[{"prompt": ..}] of the command line, the prompts file or a split of Shapes world. UserError names a
     row of the file without a prompt.
     """
-    if args.eval:
-        return [{"prompt": p} for p in world.prompts(args.split, args.eval)]
-    if args.prompts in ("", "train", "val", "eval"):
-        return [{"prompt": p} for p in args.prompt or world.prompts(args.prompts)]
-    rows, names = [], ("prompt", "prompt_shorter")
+    if args.eval or args.prompts in ("", "train", "val", "eval"):
+        split = args.split if args.eval else args.prompts
+        return [{"prompt": p} for p in args.prompt or world.prompts(split, args.eval)]
+    rows = []
     for line, row in read_table(args.prompts):
-        rows.append({name: text_of(args.prompts, line, row, name) for name in names})
+        rows.append({name: text_of(args.prompts, line, row, name) for name in ("prompt", "prompt_shorter")})
         if not rows[-1]["prompt"]:
             raise UserError(f"{args.prompts}, row {line} has no prompt: fill the column `prompt`")
     if not rows:
@@ -552,12 +531,19 @@ def file_names(args, rows):
 
 
 def check_args(args, world):
-    """The rows of prompts. Fill unset flags, and refuse what contradicts itself, before a model is loaded."""
+    """The rows of prompts. Sets the flags that are unset, as a run was trained, else as the world's recipe
+    says, and refuses what contradicts itself, before a model is loaded.
+    """
     if sum(map(bool, (args.prompt, args.prompts, args.eval))) != 1 or args.x or args.by:
         raise UserError("one thing at a time: --prompt TEXT, --prompts FILE, --eval 512 or --compare RUN")
-    fill_flags(args, world)
+    own = run_args(args.ckpt[0]) if args.ckpt else {}
+    dtype = "bf16" if world.name == "wan" and torch.cuda.is_available() else "fp32"
+    fill_unset(args, {"frames": own.get("frames"), "size": tuple(own.get("size") or ()) or None})
+    fill_unset(args, {"cfg_low": args.cfg if world.boundary else None})  # --cfg alone is of both experts
+    fill_unset(args, RECIPES[world.recipe] | {"dtype": dtype})
+    args.out = args.out or ("runs/sample" if args.resume else on_rank_0(free_folder)("runs/sample"))
     world.latent_shape(args.frames, args.size)                                  # refuses what cannot be
-    rows, paths, base = read_prompts(args, world), args.ckpt or [args.model], base_of(args)
+    rows, paths = read_prompts(args, world), args.ckpt or [args.model]
     world.check_prompts([row["prompt"] for row in rows])
     if args.reward and not (args.against or args.eval) and args.n_per_prompt < 2:
         raise UserError("--reward has nothing to judge: add --against base or --n_per_prompt 4")
@@ -568,24 +554,14 @@ def check_args(args, world):
         read_tensors(file, metadata_only=True)
     if args.lora and world.boundary and len(args.lora) != 2:
         raise UserError("--lora takes two files for Wan 2.2 A14B: first the high-noise expert's")
-    plain = not args.lora and all(whole_weights(x) == x[0] for x in (lineage(path, base) for path in paths))
-    if args.against == "base" and plain:
+    adapted = args.lora or any(((find(path) or Path(path)) / "lora.safetensors").exists() for path in paths)
+    if args.against == "base" and not adapted:
         raise UserError("--against base switches adapters off and this model has none: name another model")
     other = world if args.against in ("", "base") else world_of(args.against)
     if (other.name, other.boundary) != (world.name, world.boundary):
         raise UserError(f"--against {args.against} is another kind of model than {paths[0]}: name its like")
     check_dim_w(args.dim_w)
     return rows
-
-
-def fill_flags(args, world):
-    """Set the flags that are unset: as a run was trained, else as the world's recipe says."""
-    own = run_args(args.ckpt[0]) if args.ckpt else {}
-    fill_unset(args, {"frames": own.get("frames"), "size": tuple(own.get("size") or ()) or None})
-    fill_unset(args, {"cfg_low": args.cfg if world.boundary else None})  # --cfg alone is of both experts
-    fill_unset(args, RECIPES[world.recipe])
-    fill_unset(args, {"dtype": "bf16" if world.name == "wan" and torch.cuda.is_available() else "fp32"})
-    args.out = args.out or ("runs/sample" if args.resume else on_rank_0(free_folder)("runs/sample"))
 
 
 def base_of(args):
@@ -609,10 +585,9 @@ def draw_and_judge(args, world, rows, run, device):
     """Draw the prompts of rows, write the videos or judge them, or both; returns what eval.json holds, if
     any.
     """
-    paths, result = args.ckpt or [args.model], None
     prompts = [row["prompt"] for row in rows for _ in range(args.n_per_prompt)]
     texts = embed_all(world, prompts, args.negative)                  # first: its encoder needs much memory
-    model = to_device(load_all(paths, world, DTYPES[args.dtype], args.lora, base_of(args)), device)
+    model = load_all(args.ckpt or [args.model], world, DTYPES[args.dtype], args.lora, base_of(args), device)
     guide = LatentReward.from_pretrained(args.nrg).to(device) if args.nrg else None
     for block in guide.dit.blocks if guide else ():
         block.checkpointing = world.name == "wan"                         # a gradient through it takes memory
@@ -629,60 +604,50 @@ def draw_and_judge(args, world, rows, run, device):
             best = None if args.cfg == BEST_CFG else stacked(draw(start, cfg_scale=BEST_CFG))
         result = evaluate(videos, start_videos, prompts, reward, best)
         report(run.folder, result, prompts, videos, start_videos)
-    else:
-        files = [run.folder / f"{name}.mp4" for name in file_names(args, rows)]
-        rest, page = (prompts, world, texts, reward, run.going_on), run.folder / "label.html"
-        r, pixels = write_videos(files, draw_new, *rest)
-        if args.reward and args.n_per_prompt > 1:
-            on_rank_0(write_pairs)(run.folder / "pairs.csv", files, prompts, overall(r), args.n_per_prompt)
-        if args.against:
-            starts = [run.folder / "start" / file.name for file in files]
-            with start_model(args, model, world, device) as start:
-                r_start, pixels_start = write_videos(starts, partial(draw, start), *rest)
-            on_rank_0(label_page)(page, [*zip(prompts, files, starts)], (run.folder.name, args.against))
-        elif args.n_per_prompt % 2 == 0:                                        # two and two, of one prompt
-            on_rank_0(label_page)(page, [*zip(prompts[::2], files[::2], files[1::2])])
-        if args.against and args.reward:
-            result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "n": len(prompts),
-                      "pixels": pixels, "pixels_start": pixels_start}
-            report(run.folder, result)
-    return result
+        return result
+    files = [run.folder / f"{name}.mp4" for name in file_names(args, rows)]
+    pairs, sides = [*zip(prompts[::2], files[::2], files[1::2])], ("A", "B")    # two and two, of one prompt
+    r = write_videos(files, draw_new, prompts, world, texts, reward)
+    if args.reward and args.n_per_prompt > 1:
+        on_rank_0(write_pairs)(run.folder / "pairs.csv", files, prompts, overall(r), args.n_per_prompt)
+    if args.against:
+        starts = [run.folder / "start" / file.name for file in files]
+        with start_model(args, model, world, device) as start:
+            r_start = write_videos(starts, partial(draw, start), prompts, world, texts, reward)
+        pairs, sides = [*zip(prompts, files, starts)], (run.folder.name, args.against)
+    if args.against or args.n_per_prompt % 2 == 0:
+        on_rank_0(label_page)(run.folder / "label.html", pairs, sides)
+    if args.against and args.reward:
+        result = {"win_rate": win_rates(r, r_start), "judge": args.reward, "n": len(prompts)}
+        report(run.folder, result)
+        return result
 
 
-def write_videos(files, draw, prompts, world, texts, reward, going_on):
+def write_videos(files, draw, prompts, world, texts, reward):
     """Write the i-th video that draw yields as files[i] and forget it: it is judged where it was drawn, and a
-    line of scores.jsonl says how. going_on: videos that are there with their line stay. samples.webp shows
-    the first ones. Returns the reward's normalised scores (n, 3), or None, and mean pixel_statistics.
+    line of scores.jsonl says how. Videos that are there with their line stay. samples.webp shows the first of
+    the others. Returns the reward's normalised scores (n, 3), or None.
     """
-    folder, log, known = files[0].parent, files[0].parent / "scores.jsonl", {}
+    folder, log, scores, tiles = files[0].parent, files[0].parent / "scores.jsonl", {}, []
     folder.mkdir(exist_ok=True)
-    for line in log.read_text(encoding="utf-8").splitlines() if going_on and log.exists() else ():
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
         with suppress(ValueError):                                              # of a line that was cut short
-            known |= json.loads(line)
-    done = {i for i, file in enumerate(files) if file.name in known and file.exists()}
+            scores |= json.loads(line)
+    done = {i for i, file in enumerate(files) if file.name in scores and file.exists()}
     for i, x, video in draw(done=done):
         write_video(files[i], video, world.fps, world.zoom)
         text = world.pad_text([texts[prompts[i]]])
         r = reward.score_drawn(x[None], text, [files[i]], [prompts[i]])[0].tolist() if reward else None
-        known[files[i].name] = {"r": r, "pixels": pixel_statistics(video)}
         with open(log, "a", encoding="utf-8") as lines:
-            lines.write("\n" + json.dumps({files[i].name: known[files[i].name]}))    # not onto a cut line
-    known = merged(known)
-    on_rank_0(draw_files)(folder / "samples.webp", files[:12], prompts)
+            lines.write("\n" + json.dumps({files[i].name: r}))                  # not onto a cut line
+        scores[files[i].name] = r
+        if len(tiles) < 12:
+            tiles.append((prompts[i], [thumbnails(video)], files[i].stem))
+    if tiles and RANK == 0:
+        moving_sheet(folder / "samples.webp", tiles, video.shape[1] / world.fps)
     print(f"{folder} has its {len(files)} mp4, {len(done)} of them from before, and samples.webp")
-    pixels = [known[file.name]["pixels"] for file in files]
-    means = {key: round(np.mean([x[key] for x in pixels]), 4) for key in pixels[0]}
-    return None if reward is None else torch.tensor([known[file.name]["r"] for file in files]), means
-
-
-def draw_files(out, files, prompts):
-    """Draw the video files of these prompts as one moving picture."""
-    tiles = []
-    for file, prompt in zip(files, prompts):
-        frames, fps = read_video(file)
-        video = to_float(torch.from_numpy(frames)).permute(3, 0, 1, 2)
-        tiles.append((prompt, [thumbnails(video)], file.stem))
-    moving_sheet(out, tiles, len(frames) / fps)
+    scores = merged(scores)
+    return torch.tensor([scores[file.name] for file in files]) if reward else None
 
 
 def write_pairs(path, files, prompts, r, n):
