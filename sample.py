@@ -147,7 +147,11 @@ def load_all(paths, world, dtype, loras=(), base=None, device="cpu"):
     for i, file in enumerate(loras):
         load_lora(models[i % len(models)], file)
     models[0].to(device)
-    return Experts(*models, world.boundary) if world.boundary else models[0]
+    if not world.boundary:
+        return models[0]
+    high, low = (runs.get(expert, plain) for expert in experts)
+    print(f"two experts: {high} for t from {world.boundary} up, {low} below")
+    return Experts(*models, world.boundary)
 
 
 def start_model(args, model, world, device):
