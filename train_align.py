@@ -268,7 +268,8 @@ def align(args, world, run, device):
         for ids, samples in micro_batches(rows, args.accumulate):               # this rank's share, in turn
             # x0 (b, 2, C, T, H, W), winner first; t and eps are the same for winner and loser
             x0, text = world.latents(pairs, ids).to(device), world.text(pairs, ids).to(device)
-            t, eps = (y.to(device) for y in draw_noise(x0.shape[2:], args.seed, step, samples, t_range=t_range))
+            t, eps = draw_noise(x0.shape[2:], args.seed, step, samples, t_range=t_range)
+            t, eps = t.to(device), eps.to(device)
             if args.loss == "dpo":
                 with torch.no_grad(), reference() as frozen:
                     ref_w, ref_l = velocity_errors(frozen, x0, text, t, eps).unbind(1)
@@ -382,8 +383,8 @@ def diagnose(events, steps=50):
     """The sentences of SYMPTOMS that are true of the last of a run's events and were not of an earlier one;
     late is from step 50 on, or the last of fewer steps. What was not logged is nan, and compares as false.
     """
-    events = [UNKNOWN | e | {"late": e["step"] >= min(50, steps), "doubled": e["loss"] > 2 * events[0]["loss"]}
-              for e in events]
+    late, large = min(50, steps), 2 * events[0]["loss"]
+    events = [UNKNOWN | e | {"late": e["step"] >= late, "doubled": e["loss"] > large} for e in events]
     return [sentence.format_map(events[-1]) for true, sentence in SYMPTOMS
             if true(events[-1]) and not any(true(e) for e in events[:-1])]
 
