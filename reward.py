@@ -465,11 +465,13 @@ def read_base(base, words):
     added.
     """
     from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
+    if not is_qwen(base):
+        raise UserError(f"{base} is not a Qwen2-VL: its config.json must say so")
     try:                                                                       # AutoTokenizer would change it
         config = Qwen2VLConfig.from_pretrained(base)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(words)
     except (OSError, ValueError) as e:
-        raise UserError(f"{base} is not a Qwen2-VL that can be read: {str(e).splitlines()[0]}") from None
+        raise UserError(f"{words} holds no tokenizer that can be read: {str(e).splitlines()[0]}") from None
     if tokenizer.chat_template is None or "<|video_pad|>" not in tokenizer.get_vocab():
         raise UserError(f"{words} holds no tokenizer of a Qwen2-VL: no chat template, or no <|video_pad|>")
     tokenizer.add_tokens(list(TOKENS), special_tokens=True)

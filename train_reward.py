@@ -27,8 +27,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import (DIMS, RANKS, Count, Numbers, Run, Shapes, command, content_hash, draw_noise, fill_unset,
                   launch, learning_rate_scale, look_into, micro_batches, normalised, read_pairs, recipes,
-                  report_pairs, rng, run_args, step_rows, toy_pairs, without_twins,
-                  true_scores, with_overall, world_of, write_json)
+                  report_pairs, rng, run_args, step_rows, toy_pairs, true_scores, with_overall, without_twins,
+                  world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
 from reward import (LatentReward, VideoReward, accuracies, check_reward, check_video, is_qwen, kind_of_reward,
