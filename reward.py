@@ -100,12 +100,12 @@ class LatentReward(nn.Module):
         return reward
 
     def save(self, folder, facts):
-        """Write the weights in 16 bit; beside these facts, its world's among them, the file says how to build
-        the model.
+        """Write the weights in 16 bit; beside these facts the file says its world and how to build the model.
         """
         own = {"config": json.dumps(self.config.to_diffusers()), "depth": str(self.depth)}
+        world = Shapes().metadata if self.reads == "shapes" else {}
         weights = {k: v.half() for k, v in self.state_dict().items()}
-        save_tensors(weights, folder / "reward.safetensors", facts | own)
+        save_tensors(weights, folder / "reward.safetensors", facts | own | world)
 
     @classmethod
     def from_pretrained(cls, path):

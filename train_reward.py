@@ -257,8 +257,7 @@ def train(args, kind, run, device):
 
     r = raw_scores(args, reward, world, val, val_rows)
     normalise(reward, r)
-    facts = world.metadata if world else {}
-    reward.save(run.folder, {"command": command(args), "seed": str(args.seed), **facts})
+    reward.save(run.folder, {"command": command(args), "seed": str(args.seed)})
     if args.pairs:                           # measured on the same prompts: the constants only weigh Overall
         result["reward"] = accuracies(val.label[val_rows], z_scores(reward, r))
         print_accuracies({name: [row] for name, row in result.items()})
