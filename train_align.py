@@ -359,9 +359,9 @@ def pretrain(args, run, device):
 
 # ---- what a run says ----
 
-# (condition of an event, sentence). Healthy runs are silent: when the toy's DPO works,
-# its logits pass 0.1 in size within 50 steps, its gradient factor stays above 0.3, and the winner's error
-# rises to no more than 1.3 times the reference's, the loser's a little further.
+# (condition of an event, sentence). Healthy runs are silent: when the toy's DPO works, its logits pass 0.1 in
+# size within 50 steps, its gradient factor stays above 0.3, and the winner's error rises to no more than 1.3
+# times the reference's, the loser's a little further.
 SYMPTOMS = (
     (lambda e: e["late"] and e["logit"] < 0.03,  # bf16 compiled rounds to up to 0.013 of nothing
      "the loss is still log 2, with logits of {logit:.4f}: nothing is learnt; raise --beta or --lr"),
