@@ -28,8 +28,8 @@ from data import (DIMS, RANK, RANKS, Shapes, all_gather, cached_file, caption_of
                   flawed_videos, gather_rows, is_cached, known_hash, launch, load_cached, markdown,
                   metadata_of, normalised, oracle, progress, read_shapes, read_video, rng, save_cached,
                   short_hash, true_scores, video_info, with_overall, write_json)
-from model import (LayerNorm, UserError, VideoDiT, add_lora, check_finite, fetch, load_strict, read_config,
-                   read_json, read_tensors, read_weights, save_tensors)
+from model import (HERE, LayerNorm, UserError, VideoDiT, add_lora, check_finite, fetch, load_strict,
+                   read_config, read_json, read_tensors, read_weights, save_tensors)
 
 
 # ---- the latent reward ----
@@ -71,19 +71,17 @@ class LatentReward(nn.Module):
 
     def score(self, xt, t, text):
         """Z-scores (B, 3), see z_scores."""
-        return self.z_scores(self(xt, t, text))
-
-    def z_scores(self, r):
-        """Raw scores r (.., 3) less the mean of the validation set, in units of its standard deviation."""
-        return (r - self.mean.to(r)) / self.std.to(r)
+        return z_scores(self, self(xt, t, text))
 
     @torch.no_grad()
-    def score_clean(self, x0, text, names):
-        """Z-scores (B, 3), on the CPU, of clean latents x0 (t = 0) that have these names."""
+    def score_drawn(self, latents, text, files, prompts):
+        """Z-scores (n, 3), on the CPU, of what a model drew, from its clean latents (t = 0) and the prompts'
+        text.
+        """
         batch, device = 64 if self.reads == "shapes" else 1, self.mean.device   # one of Wan's fills a GPU
         r = [self.score(x.to(device), torch.zeros(len(x), device=device), y.to(device)).cpu()
-             for x, y in zip(x0.split(batch), text.split(batch))]
-        return finite(torch.cat(r), names)
+             for x, y in zip(latents.split(batch), text.split(batch))]
+        return finite(torch.cat(r), files or prompts)
 
     def score_pairs(self, world, pairs, cache):
         """Z-scores (n, 2, 3) of A and B of encoded Pairs."""
@@ -91,12 +89,8 @@ class LatentReward(nn.Module):
         for rows in progress(chunks[RANK::RANKS], "scoring"):
             text = world.text(pairs, rows).repeat_interleave(2, dim=0)          # the same for A and B
             names = [f"{side} of row {line}" for line in (pairs.lines[i] for i in rows) for side in "AB"]
-            r.append(self.score_clean(world.latents(pairs, rows).flatten(0, 1), text, names))
+            r.append(self.score_drawn(world.latents(pairs, rows).flatten(0, 1), text, names, None))
         return torch.cat(gather_rows(r)).view(-1, 2, len(DIMS))
-
-    def score_drawn(self, latents, text, files, prompts):
-        """Z-scores (n, 3) of what a model drew, from its latents and the prompts' text."""
-        return self.score_clean(latents, text, files or prompts)
 
     @classmethod
     def from_base(cls, model, depth=2):
@@ -120,9 +114,8 @@ class LatentReward(nn.Module):
         tensors, metadata = read_tensors(file)
         if "world" in metadata:
             check_world(metadata, file)
-        if not {"config", "depth"} <= metadata.keys():
-            raise UserError(f"{file} does not say how deep a model it is of")
-        reward = cls(read_config(json.loads(metadata["config"]), file), int(metadata["depth"]))
+        config = read_config(read_json(file, metadata.get("config", "")), file)
+        reward = cls(config, int(metadata.get("depth", 0)))                 # load_strict refuses a wrong one
         load_strict(reward, {k: v.float() for k, v in tensors.items()}, file)
         return reward.eval().requires_grad_(False)
 
@@ -137,6 +130,11 @@ class Oracle:
         return normalised(oracle(latents, prompts))
 
 
+def z_scores(reward, r):
+    """Raw scores r (.., 3) less the mean of the validation set, in units of its standard deviation."""
+    return (r - reward.mean.to(r)) / reward.std.to(r)
+
+
 def finite(r, names):
     """The scores r (n, 3) of videos with these names. UserError names the first with a nan or inf in it."""
     bad = [name for name, row in zip(names, r) if not row.isfinite().all()]
@@ -148,21 +146,9 @@ def finite(r, names):
 # ---- VideoReward: what it is asked ----
 
 TOKENS = tuple(f"<|{dim}_reward|>" for dim in DIMS)     # the scores are read where these stand, in this order
-# Attention is causal: VQ and MQ are read before the prompt is told, so that they can't depend on it.
-RUBRIC = """A model made this video from a text. Rate it from 0 to 10 on three scales, which are kept apart.
-
-Visual quality is how single frames look, whatever they show: well-formed things and bodies, sharp edges and \
-textures without noise, blocks or ghosts, pleasing light, colour and composition, nothing cruel or indecent.
-Visual quality: <|VQ_reward|>
-
-Motion quality is how the picture changes, whatever it shows: things keep their form, move as anatomy and \
-physics allow, neither flicker nor vanish, and do move: a video that stands still is rated low.
-Motion quality: <|MQ_reward|>
-
-Text alignment is whether the video shows what the text asks for: the subjects, how many, how they look and \
-what they do, the place, the weather, the style, the view and the movement of the camera.
-The text: {text_prompt}
-Text alignment: <|TA_reward|>"""
+# Our own prompt. Attention is causal: in it VQ and MQ are read before the text is told, so that they can't
+# depend on it.
+RUBRIC = (HERE / "assets" / "rubric.txt").read_text(encoding="utf-8").rstrip()
 THEIR_TEMPLATE = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
 
 
@@ -235,11 +221,10 @@ def patchify(frames, size):
 
 
 def check_video(path):
-    """True of a video file that can be seen to its end. UserError names one that can't be scored."""
+    """UserError names a video file that can't be scored, or can't be seen to its end."""
     count, _, *size = video_info(path)
     frame_size(*size, path=path)
     read_video(path, [count - 1])
-    return True
 
 
 # ---- VideoReward: the model ----
@@ -322,7 +307,7 @@ class VideoReward(nn.Module):
         """Scores (B, 3) of video files and their prompts: z-scores by the checkpoint's constants, or raw."""
         r = torch.cat([self(*(x.to(self.mean.device) for x in self.inputs([path], [prompt]))).cpu()
                        for path, prompt in zip(paths, prompts, strict=True)])
-        return finite(self.z_scores(r) if normalise else r, paths)
+        return finite(z_scores(self, r) if normalise else r, paths)
 
     def score_pairs(self, world, pairs, cache):
         """Z-scores (n, 2, 3) of the files of Pairs, A and B; cache: folder of earlier scores."""
@@ -334,10 +319,6 @@ class VideoReward(nn.Module):
         """Z-scores (n, 3) of what a model drew, from its files."""
         return self.score(files, prompts)
 
-    def z_scores(self, r):
-        """Raw scores r (.., 3) less the mean of the validation set, in units of its standard deviation."""
-        return (r - self.mean.to(r)) / self.std.to(r)
-
     def trainable(self, seed=0):
         """Make trainable what the paper trains, in fp32, since steps of 2e-6 vanish in bf16: all of the
         vision tower and merger, LoRA on the language model's linear layers, the head and the three embedding
@@ -346,8 +327,8 @@ class VideoReward(nn.Module):
         The rest keeps its dtype. Returns the model in training mode, with activation checkpointing.
         """
         self.requires_grad_(True)
-        s = self.settings
-        add_lora(self.qwen.language_model, s["lora_r"], s["lora_alpha"], LINEARS, seed)
+        rank, alpha = self.settings["lora_r"], self.settings["lora_alpha"]
+        add_lora(self.qwen.language_model, rank, alpha, LINEARS, seed)
         self.qwen.visual.float()
         self.qwen.activation_checkpointing_enable({"use_reentrant": False})
         return self.train()
@@ -434,11 +415,9 @@ def unpickle(path):
     """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
+        check_finite(tensors, path)                   # an AttributeError where it is no dictionary of tensors
+    except (OSError, EOFError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError) as e:
         raise UserError(f"{path} cannot be read as tensors: {str(e).splitlines()[0]}") from None
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(v) for v in tensors.values()):
-        raise UserError(f"{path} holds no dictionary of tensors")
-    check_finite(tensors, path)
     return tensors
 
 
@@ -477,9 +456,7 @@ def read_settings(folder, template):
     if not template and "template" not in raw:
         raise UserError(f"{folder} needs --template: prompt_template.py from the authors' KwaiVGI/VideoAlign")
     settings["template"] = read_template(template) if template else raw["template"]
-    base = folder / "base" if (folder / "base").is_dir() else raw.get("model_name_or_path")
-    if not base:
-        raise UserError(f"{file} names no Qwen2-VL: name one as the base")
+    base = folder / "base" if (folder / "base").is_dir() else raw.get("model_name_or_path", "its Qwen2-VL")
     return settings, base
 
 
@@ -583,12 +560,11 @@ def score_videos(reward, paths, prompts, cache):
     files = [cached_file(cache, "score", reward.identity, known_hash(cache, path), prompt)
              for path, prompt in zip(paths, prompts, strict=True)]
     todo = dict(zip(files, zip(paths, prompts)))
-    for file in progress(list(todo)[RANK::RANKS], "scoring"):
+    for file, (path, prompt) in progress(list(todo.items())[RANK::RANKS], "scoring"):
         if not is_cached(file):
-            path, prompt = todo[file]
             save_cached(reward.score([path], [prompt], normalise=False)[0], file)
     all_gather(None)                                                            # every rank's share is there
-    return finite(reward.z_scores(torch.stack([load_cached(file) for file in files])), paths)
+    return finite(z_scores(reward, torch.stack([load_cached(file) for file in files])), paths)
 
 
 # ---- how good is a reward? ----
@@ -645,9 +621,9 @@ class Args:
 def main(args):
     """Print the scores of videos, or of a few random ones of Shapes world; returns them (B, 3)."""
     check_reward(args.ckpt, Shapes(), ("shapes", "files"), args.template)
+    names, prompts = args.video, [args.prompt] * len(args.video)
     for path in args.video:
         check_video(path)
-    names, prompts = args.video, [args.prompt] * len(args.video)
     if kind_of_reward(args.ckpt) == "files":
         if not (args.video and args.prompt):
             raise UserError("VideoReward scores video files: name some, and by --prompt what they shall show")
@@ -658,9 +634,9 @@ def main(args):
             x0 = torch.stack([read_shapes(path) for path in args.video])
         else:
             x0, prompts = flawed_videos(8, "eval", rng(0))
-            x0, names = x0.float(), prompts
-        scores = load_reward(args.ckpt).score_clean(x0, Shapes().embed(prompts), names)
-        names = [f"{name} (oracle: {caption_of(x)})" for name, x in zip(names, oracle(x0, prompts))]
+        scores = load_reward(args.ckpt).score_drawn(x0.float(), Shapes().embed(prompts), args.video, prompts)
+        truth = oracle(x0, prompts)
+        names = [f"{name} (oracle: {caption_of(x)})" for name, x in zip(args.video or prompts, truth)]
     rows = [[name, *(f"{x:+.3f}" for x in r)] for name, r in zip(names, with_overall(scores).tolist())]
     print(markdown(["", *DIMS, "Overall"], rows))
     print("z-scores: 0 is an average video, and negative is normal")

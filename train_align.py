@@ -14,8 +14,6 @@ are the same.
 """
 import copy
 import math
-import os
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -52,7 +50,6 @@ RECIPES = recipes(("shapes", "wan", "pretrain"), {                              
     "checkpointing": (False,        True,       False),
     "decoupled":     (False,        True,       False),
     "compile":       (False,        torch.cuda.is_available(), False),
-    "ema":           (0.0,          0.0,        0.998),
 })
 TOY_LR = {"sft": 2e-3, "rwr": 1e-3}                                             # where it is not Flow-DPO's
 ONLY = {"beta": "dpo", "beta_schedule": "dpo", "anchor": "dpo", "tau": "rwr"}  # others ignore these flags
@@ -80,8 +77,6 @@ class Args:
     batch: Count | None = None              # pairs per step; sft takes the winners of twice as many
     accumulate: Count | None = None         # parts in which a step's batch goes through the model
     warmup: int | None = None               # steps of linear warm-up
-    max_grad_norm: float = 1.0              # gradient clipping
-    ema: float | None = None                # decay of the averaged weights that are saved; 0 is off
     dtype: Literal["fp32", "bf16"] | None = None  # of linear maps; norms, head, all that is trained: fp32
     checkpointing: bool | None = None       # activation checkpointing; unset: for Wan
     decoupled: bool | None = None           # one video of a pair at a time; unset: for Wan
@@ -103,25 +98,24 @@ class Args:
 def check_args(args, world):
     """Fill unset flags from the recipe, and refuse what contradicts itself, before any work is done."""
     pretrains = args.loss == "pretrain"
-    recipe = dict(RECIPES["pretrain" if pretrains else world.name])
-    if world.name == "shapes" and not pretrains:
-        recipe["lr"] = TOY_LR.get(args.loss, recipe["lr"])
-    fill_unset(args, recipe | {"out": f"runs/{args.loss}", "labels": "human" if args.pairs else "reward",
-                               "expert": None if pretrains else expert_of(args.model)})
+    toy_lr = TOY_LR.get(args.loss) if world.name == "shapes" else None
+    fill_unset(args, {"lr": toy_lr, "out": f"runs/{args.loss}", "labels": "human" if args.pairs else "reward",
+                      "expert": None if pretrains else expert_of(args.model)})
+    fill_unset(args, RECIPES["pretrain" if pretrains else world.name])
     world.latent_shape(args.frames, args.size)                                  # these refuse what cannot be
     world.t_range(args.expert)
     check_dim_w(args.dim_w)
     for name, loss in ONLY.items():
         if args.loss != loss and getattr(args, name) != getattr(Args, name):
             raise UserError(f"--{name} says nothing to --loss {args.loss}: it is of {loss}")
-    if not pretrains and args.expert not in (None, expert_of(args.model) or args.expert):
+    if args.expert and expert_of(args.model) not in (None, args.expert):
         raise UserError(f"--expert {args.expert}: {args.model} is a run of the other one: leave --expert out")
     if args.lora_rank < 0 or args.tau <= 0:
         raise UserError(f"--lora_rank {args.lora_rank}, --tau {args.tau}: give 0 or more, --tau more than 0")
     if args.batch % RANKS:
         raise UserError(f"--batch {args.batch} cannot be shared out evenly: take a multiple of {RANKS}")
-    if args.shard and (RANKS == 1 or world.name == "shapes" or not args.lora_rank or args.ema):
-        raise UserError("--shard is for LoRA on Wan under torchrun, and works without --ema")
+    if args.shard and (RANKS == 1 or world.name == "shapes" or not args.lora_rank):
+        raise UserError("--shard is for LoRA on Wan under torchrun: leave it out")
     if pretrains and (args.lora_rank or args.pairs):
         raise UserError("--loss pretrain trains all weights, on Shapes world: leave --lora_rank, --pairs out")
     if args.loss == "rwr" and args.labels == "human":
@@ -140,7 +134,7 @@ def policy_and_reference(args, device):
     """
     start = load_model(args.model, DTYPES[args.dtype] if args.lora_rank else torch.float32, args.expert)
     start.compute_dtype = DTYPES[args.dtype]
-    start = start if args.shard else start.to(device)                      # sharding moves it, block by block
+    start.to("cpu" if args.shard else device)                              # sharding moves it, block by block
     if args.lora_rank:
         model = add_lora(start, args.lora_rank, args.lora_alpha, seed=args.seed)
         reference = partial(lora_disabled, model)
@@ -154,14 +148,6 @@ def policy_and_reference(args, device):
         for m in {model, start}:
             m.compile_blocks()
     return model, reference
-
-
-def move(args, model, reference, device):
-    """Put the policy and the reference on a device, but for sharded ones, which stay."""
-    if not args.shard:
-        with reference() as frozen:
-            model.to(device)
-            frozen.to(device)
 
 
 def label_pairs(args, world, pairs, device):
@@ -184,18 +170,12 @@ def label_pairs(args, world, pairs, device):
         reward = load_reward(path, template=args.template, device=device)
         r = overall(reward.score_pairs(world, pairs, args.cache), args.dim_w)
         margin = r[:, 0] - r[:, 1]
-    b_wins = margin < 0
     low, median, high = margin[usable].abs().quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     a, b = ((margin * sign > 0).float().mean() for sign in (1, -1))
     print(f"{len(usable)} of {len(pairs)} pairs labelled by {args.labels}; A wins {a:.0%}, B {b:.0%}; "
           f"margin {median:.2f}, of the middle 80 % {low:.2f} to {high:.2f}")
-    order = torch.stack([b_wins, ~b_wins], dim=1).long()                        # (n, 2): the winner first
+    order = torch.stack([margin < 0, margin >= 0], dim=1).long()                # (n, 2): the winner first
     return pairs.winner_first(order), usable, None if r is None else r.gather(1, order)
-
-
-def rwr_weights(r, tau):
-    """Flow-RWR's weights of the videos of a whole step, rewards r (B, 2): what it makes of errors of 1."""
-    return flow_rwr(torch.ones(r.numel()), r.flatten(), tau).view_as(r)
 
 
 def velocity_errors(model, x0, text, t, eps):
@@ -223,52 +203,43 @@ def error_pairs(model, x0, text, t, eps):
 
 
 def rehearse(args, world, model, reference, steps, device):
-    """Take a micro-batch of random latents through policy, reference and backward, before any video is
-    encoded, and print the hours and the memory that training will take; no weight moves.
+    """Take a micro-batch of ones through policy, reference and backward, before any video is encoded, and
+    print the hours and, on a GPU, the memory that training will take; no weight moves.
     """
-    rows, videos = (2 * args.batch, 1) if args.loss == "sft" else (args.batch, 2)
-    batches = micro_batches(torch.arange(rows), args.accumulate)
-    b, shape, g = len(batches[0][0]), world.latent_shape(args.frames, args.size), rng("rehearsal")
-    x0, text, t, eps = (torch.rand(size, generator=g).to(device) for size in (
-        (b, videos, *shape), (b, world.text_len, model.config.text_dim), (b,), (b, *shape)))
+    batches = micro_batches(torch.arange(args.batch), args.accumulate)
+    b, shape = len(batches[0][0]), world.latent_shape(args.frames, args.size)
+    sizes = (b, 2, *shape), (b, world.text_len, model.config.text_dim), (b,), (b, *shape)
+    batch = [torch.ones(size, device=device) for size in sizes]                 # x0, text, t, eps
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()                                   # from here on it is training's
     before, total = memory(device)
-    apart = args.decoupled and videos == 2
+    apart = args.decoupled and args.loss != "sft"                               # which takes winners alone
     for _ in range(2):                                                          # the first compiles
         tic = time.time()
         if args.loss == "dpo":
             with torch.no_grad(), reference() as frozen:
-                velocity_errors(frozen, x0, text, t, eps)
-        together = [] if apart else [velocity_errors(model, x0, text, t, eps).unbind(1)]
-        for errors in error_pairs(model, x0, text, t, eps) if apart else together:
+                velocity_errors(frozen, *batch)
+        for errors in error_pairs(model, *batch) if apart else [velocity_errors(model, *batch)]:
             sum(errors).sum().backward()
         if device == "cuda":
             torch.cuda.synchronize()
     spent, peak = time.time() - tic, memory(device)[0]
     model.zero_grad()
-    held = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)    # Adam's moments
-    held = held / RANKS if args.shard else held
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = 8 * trained / (RANKS if args.shard else 1)                           # Adam's moments
     hours = spent * len(batches) * steps / 3600
     took = f"{hours:.1f} hours" if hours > 1 else f"{60 * hours:.1f} minutes"
-    print(f"{spent:.2f} s a micro-batch; {steps} steps take about {took} and {(peak + held) / 1e9:.1f} of "
-          f"{total / 1e9:.0f} GB")
+    needs = f" and {(peak + held) / 1e9:.1f} of {total / 1e9:.0f} GB" if total else ""
+    print(f"{spent:.2f} s a micro-batch; {steps} steps take about {took}{needs}")
     if apart and before + held + 2 * (peak - before) < 0.9 * total:
         print("both videos of a pair would fit at once: --no-decoupled is faster")
 
 
 def memory(device):
-    """(the most bytes that this process held so far, all there are); on Windows, whose CPU memory Python
-    can't tell, zeros.
-    """
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
-    if sys.platform == "win32":
+    """(the most bytes held so far, all there are) of a GPU; zeros of a CPU, which other programs share."""
+    if device == "cpu":
         return 0, 0
-    import resource
-    unit = 1 if sys.platform == "darwin" else 1024                              # a Mac counts bytes
-    return (unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
 
 
 # ---- alignment ----
@@ -280,29 +251,25 @@ def align(args, world, run, device):
     report_pairs(pairs, () if args.pairs else world.prompts(args.split))
     n_rows = 2 * args.batch if args.loss == "sft" else args.batch  # a step: sft takes winners alone
     rehearse(args, world, model, reference, args.steps or -(-len(pairs) // n_rows), device)
-    move(args, model, reference, "cpu")                                         # encoders need the memory
+    model.to(device if args.shard else "cpu")               # encoders need the memory; what is sharded stays
     pairs, usable, r = label_pairs(args, world, world.encode(pairs, args), device)  # 2. A is now the winner
-    move(args, model, reference, device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    average = [p.detach().cpu().clone() for p in trained if args.ema]
-    optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
-    epoch = -(-len(usable) // n_rows)
-    steps = args.steps = args.steps or epoch
-    print(f"{len(usable)} pairs / {n_rows} a step: {steps} steps, {steps / epoch:.2g} epochs")
-    t_range, weights = world.t_range(args.expert), torch.zeros(len(pairs), 2, device=device)
-    if args.loss == "dpo":
-        print(beta_elsewhere(args.beta, world.latents(pairs, [0])[0, 0].numel()))
+    model.to(device)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr, fused=True)
+    steps = args.steps = args.steps or -(-len(usable) // n_rows)
+    print(f"{len(usable)} pairs / {n_rows} a step: {steps} steps, {steps * n_rows / len(usable):.2g} epochs; "
+          f"beta is of the mean error of {math.prod(world.latent_shape(args.frames, args.size)):,} numbers")
+    t_range, weights = world.t_range(args.expert), torch.zeros(len(pairs), 2)
 
-    for step in run.steps(steps, model, optimizer, average=average):    # 3. saved, resumed
+    for step in run.steps(steps, model, optimizer):                             # 3. saved, resumed
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_scale(step, steps, args.warmup)
-        rows = usable[step_rows(len(usable), n_rows, args.seed, step)]
-        if args.loss == "rwr":
-            weights[rows] = rwr_weights(r[rows], args.tau).to(device)  # over the whole step, not a part
+        rows, details = usable[step_rows(len(usable), n_rows, args.seed, step)], {}
+        if args.loss == "rwr":                     # of the whole step, not a part: what comes of errors of 1
+            weights[rows] = flow_rwr(torch.ones(2 * n_rows), r[rows].flatten(), args.tau).view(-1, 2)
         for ids, samples in micro_batches(rows, args.accumulate):               # this rank's share, in turn
             # x0 (b, 2, C, T, H, W), winner first; t and eps are the same for winner and loser
             x0, text = world.latents(pairs, ids).to(device), world.text(pairs, ids).to(device)
             t, eps = draw_noise(x0.shape[2:], args.seed, step, samples, t_range=t_range)
-            t, eps, details = t.to(device), eps.to(device), {}
+            t, eps = t.to(device), eps.to(device)
             if args.loss == "dpo":
                 with torch.no_grad(), reference() as frozen:
                     ref_w, ref_l = velocity_errors(frozen, x0, text, t, eps).unbind(1)
@@ -322,7 +289,7 @@ def align(args, world, run, device):
                 details = dict(gap_w=gap_w, gap_l=gap_l, err_ref_w=ref_w, logit=logit)
             elif args.loss == "rwr":
                 n, loss = 1 if args.decoupled else 2, 0                       # its two videos are independent
-                for x, weight in zip(x0.split(n, dim=1), weights[ids].split(n, dim=1)):
+                for x, weight in zip(x0.split(n, dim=1), weights[ids].to(device).split(n, dim=1)):
                     part = (weight * velocity_errors(model, x, text, t, eps)).sum(1) / 2
                     (part.sum() / n_rows).backward()
                     loss = loss + part.detach()
@@ -331,20 +298,19 @@ def align(args, world, run, device):
                 (loss.sum() / n_rows).backward()
             run.see(t=t, loss=loss, **details)                                  # one value a sample
         add_gradients(model.parameters())
-        grad_norm = unshard(clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        grad_norm = unshard(clip_grad_norm_(model.parameters(), 1.0))
         run.check_finite([pairs.lines[i] for i in rows], grad_norm)             # before a weight moves
         optimizer.step()
         optimizer.zero_grad()
-        if args.ema:
-            update_average(average, trained, args.ema, step)
         log_and_warn(run, grad_norm)
-    return finish(args, world, run, model, average, reference)
+    save(args, world, run, model)
+    return judge(args, world, run, model, reference)
 
 
 def pretrain(args, run, device):
     """Make the toy base: flow matching on flawed videos with flawed captions, a tenth of them empty for CFG,
-    t logit-normal; Muon on the blocks' matrices at 10 times the rate and AdamW on the rest. Returns what
-    eval.json holds.
+    t logit-normal; Muon on the blocks' matrices at 10 times the rate and AdamW on the rest. Saved is the
+    average of the weights, judged against videos such as it learnt from. Returns what eval.json holds.
     """
     world, B = Shapes(), 2 * args.batch
     torch.manual_seed(args.seed)
@@ -371,60 +337,56 @@ def pretrain(args, run, device):
             (loss.sum() / B).backward()
             run.see(t=batch[2], loss=loss)
         add_gradients(model.parameters())
-        grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = clip_grad_norm_(model.parameters(), 1.0)
         run.check_finite(list(range(B)), grad_norm)
         for optimizer in (muon, adamw):
             optimizer.step()
             optimizer.zero_grad()
-        update_average(average, model.parameters(), args.ema, step)
+        for a, p in zip(average, model.parameters()):                           # by more in the first steps
+            a.lerp_(p.detach().cpu(), 1 - min(0.998, (step + 1) / (step + 10)))
         log_and_warn(run, grad_norm)
-    return finish(args, world, run, model, average, None)
 
-
-@torch.no_grad()
-def update_average(average, trained, ema, step):
-    """Move the averaged weights towards the trained ones, by more in the first steps: the rest of the decay
-    ema.
-    """
-    for a, p in zip(average, trained):
-        a.lerp_(p.cpu(), 1 - min(ema, (step + 1) / (step + 10)))
+    for p, a in zip(model.parameters(), average):
+        p.data.copy_(a)
+    save(args, world, run, model, torch.float16)                                # the base ships in 16 bit
+    prompts, g = world.prompts(args.split, args.eval_n), rng("mixture", args.seed)
+    start_videos = render_as(torch.randint(len(RENDERERS), (len(prompts),), generator=g), prompts, g).float()
+    videos = toy_videos(model, prompts, args.seed, args.eval_steps)
+    result = evaluate(videos, start_videos, prompts)
+    report(run.folder, result, prompts, videos, start_videos)
+    return result
 
 
 # ---- what a run says ----
 
-# (condition, sentence), of an event and of the first. Healthy runs are silent: when the toy's DPO works,
-# its logits pass 0.1 in size within 50 steps, its gradient factor stays above 0.3, and the winner's error
-# rises to no more than 1.3 times the reference's, the loser's a little further.
+# (condition of an event, sentence). Healthy runs are silent: when the toy's DPO works, its logits pass 0.1 in
+# size within 50 steps, its gradient factor stays above 0.3, and the winner's error rises to no more than 1.3
+# times the reference's, the loser's a little further.
 SYMPTOMS = (
-    (lambda e, first: e["late"] and e["logit"] < 0.03,  # bf16 compiled rounds to up to 0.013 of nothing
+    (lambda e: e["late"] and e["logit"] < 0.03,  # bf16 compiled rounds to up to 0.013 of nothing
      "the loss is still log 2, with logits of {logit:.4f}: nothing is learnt; raise --beta or --lr"),
-    (lambda e, first: e["grad_factor"] < 0.01,
+    (lambda e: e["grad_factor"] < 0.01,
      "saturated: the gradient has {grad_factor:.2%} of its strength left; lower --beta"),
-    (lambda e, first: e["margin"] > 0 and e["gap_w"] > 0.5 * e["err_ref_w"],
+    (lambda e: e["margin"] > 0 and e["gap_w"] > 0.5 * e["err_ref_w"],
      "the margin grows by a worse loser alone: the winner's error is {gap_w:.4f} above the reference's "
      "{err_ref_w:.4f}; lower --lr or raise --beta"),
-    (lambda e, first: e["gap_w"] > 2 * e["err_ref_w"] or ("gap_w" not in e and e["loss"] > 2 * first["loss"]),
+    (lambda e: e["gap_w"] > 2 * e["err_ref_w"] or (e["doubled"] and math.isnan(e["gap_w"])),
      "errors explode: look at loss, gap_w and gap_l in log.jsonl; lower --lr"),
-    (lambda e, first: "logit" in e and e["loss"] > 2 * first["loss"],
+    (lambda e: e["doubled"] and e["logit"] > 0,
      "the loss has doubled, to {loss:.2f}, with logits of {logit:.1f}: pairs are pushed too hard; lower "
      "--beta or --lr"),
 )
-
-
-class Event(dict):
-    """A logged event, in which what was not logged is nan and so compares as false."""
-
-    def __missing__(self, key):
-        return math.nan
+UNKNOWN = dict.fromkeys(("logit", "grad_factor", "margin", "gap_w", "err_ref_w"), math.nan)
 
 
 def diagnose(events, steps=50):
     """The sentences of SYMPTOMS that are true of the last of a run's events and were not of an earlier one;
-    late is from step 50 on, or the last of fewer steps.
+    late is from step 50 on, or the last of fewer steps. What was not logged is nan, and compares as false.
     """
-    events = [Event(e, late=e["step"] >= min(50, steps)) for e in events]
+    late, large = min(50, steps), 2 * events[0]["loss"]
+    events = [UNKNOWN | e | {"late": e["step"] >= late, "doubled": e["loss"] > large} for e in events]
     return [sentence.format_map(events[-1]) for true, sentence in SYMPTOMS
-            if true(events[-1], events[0]) and not any(true(e, events[0]) for e in events[:-1])]
+            if true(events[-1]) and not any(true(e) for e in events[:-1])]
 
 
 def summary(names, seen):
@@ -453,17 +415,9 @@ def log_and_warn(run, grad_norm):
         return
     event = summary(run.names, torch.cat(run.seen))
     run.log(grad_norm=grad_norm.item(), seconds=round(time.time() - run.started, 1), **event)
-    shown = [name for name in ("loss", "implicit_acc", "gap_w", "gap_l") if name in event]
-    run.bar.set_postfix({name: f"{event[name]:.4f}" for name in shown})
+    run.bar.set_postfix(loss=f"{event['loss']:.4f}")
     for verdict in diagnose(run.events, run.args.steps):
         run.bar.write(f"step {run.step + 1}: {verdict}")
-
-
-def beta_elsewhere(beta, size):
-    """A line that says what other repositories call this beta, for videos of size numbers."""
-    sums = f"{beta / size:.3g} with errors summed over a video's {size:,} numbers"
-    return (f"beta {beta:g} is of mean errors, with a 1/2 before it; elsewhere it is {beta / 2:g} without "
-            f"the 1/2, {sums}, {beta / size / 2:.3g} with neither")
 
 
 @torch.no_grad()
@@ -483,52 +437,36 @@ def distance(model, reference, videos, prompts, seed):
     return torch.cat(found).mean().item()
 
 
-def finish(args, world, run, model, average, reference):
-    """Save the model, and say how to judge it; of Shapes world draw its videos and judge them against the
-    start model's or, pretrained, against videos such as it learnt from. Returns what eval.json holds.
-    """
-    with torch.no_grad():
-        for p, a in zip((p for p in model.parameters() if p.requires_grad), average):
-            p.copy_(a)
-    model.eval()
+def save(args, world, run, model, dtype=None):
+    """Write the adapters or, where all weights were trained, the model, in dtype if one is given."""
     metadata = {"command": command(args), "seed": str(args.seed), **world.metadata}
     if args.lora_rank:
         save_lora(model, run.folder / "lora.safetensors", metadata | {"start": run.facts["start"]})
     else:
-        dtype = torch.float16 if reference is None else None                    # the base ships in 16 bit
         model.save_pretrained(run.folder / "transformer", metadata, dtype)
-    if world.oracle is None:
-        if torch.cuda.is_available():
-            print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
-        start = "base" if args.lora_rank else args.model
-        print(f"wrote {run.folder}; see and judge it: python sample.py --ckpt {run.folder} "
-              f"--prompts prompts.csv --against {start}")
-        return None
-    return judge(args, world, run, model, reference)
 
 
 def judge(args, world, run, model, reference):
     """Draw held-out prompts of Shapes world as the model is used, by the default sampler, and compare them
-    with the start model's or, pretrained, with videos such as it learnt from. Returns what eval.json holds.
+    with the start model's, which are drawn once and kept; of Wan say how to judge it. Returns what eval.json
+    holds, if any.
     """
+    if world.oracle is None:
+        print(f"wrote {run.folder}; see and judge it: python sample.py --ckpt {run.folder} "
+              f"--prompts prompts.csv --against {'base' if args.lora_rank else args.model}")
+        return None
     prompts, settings = world.prompts(args.split, args.eval_n), (args.seed, args.eval_steps)
     videos = toy_videos(model, prompts, *settings)
-    if reference is None:
-        g = rng("mixture", args.seed)
-        who = torch.randint(len(RENDERERS), (len(prompts),), generator=g)
-        start_videos = render_as(who, prompts, g).float()
-        result = evaluate(videos, start_videos, prompts)
-    else:
-        device = str(next(model.parameters()).device)                           # the start's are drawn once
-        start = run.facts["start"], run.facts["model"]  # its whole weights, its adapters
-        file = cached_file(args.cache, "start", start, prompts, settings, args.dtype, device)
-        with reference() as frozen:
-            if not all(all_gather(is_cached(file))):                            # drawing takes all ranks
-                save_cached(toy_videos(frozen, prompts, *settings), file)
-        start_videos = load_cached(file)
-        reward = load_reward(args.reward) if args.labels == "reward" else None
-        result = evaluate(videos, start_videos, prompts, reward)
-        result["distance"] = distance(model, reference, videos, prompts, args.seed)
+    start = run.facts["start"], run.facts["model"]  # its whole weights, its adapters
+    device = str(next(model.parameters()).device)
+    file = cached_file(args.cache, "start", start, prompts, settings, args.dtype, device)
+    with reference() as frozen:
+        if not all(all_gather(is_cached(file))):                                # drawing takes all ranks
+            save_cached(toy_videos(frozen, prompts, *settings), file)
+    start_videos = load_cached(file)
+    reward = load_reward(args.reward) if args.labels == "reward" else None
+    result = evaluate(videos, start_videos, prompts, reward)
+    result["distance"] = distance(model, reference, videos, prompts, args.seed)
     report(run.folder, result, prompts, videos, start_videos)
     return result
 

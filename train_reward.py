@@ -27,12 +27,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import (DIMS, RANKS, Count, Numbers, Run, Shapes, command, draw_noise, fill_unset,
                   launch, learning_rate_scale, look_into, micro_batches, normalised, read_pairs, recipes,
-                  report_pairs, rng, run_args, step_rows, toy_pairs, without_twins,
-                  true_scores, with_overall, world_of, write_json)
+                  report_pairs, rng, run_args, step_rows, toy_pairs, true_scores, with_overall, without_twins,
+                  world_of, write_json)
 from losses import bt, btt, masked_mean, mix, regression
 from model import UserError, merge_lora
 from reward import (LatentReward, VideoReward, accuracies, check_reward, check_video, is_qwen, kind_of_reward,
-                    load_reward)
+                    load_reward, z_scores)
 from sample import load_model, print_accuracies
 
 # What unset flags fall to, by what the reward reads; labels: a file of pairs of Shapes world. Of files and
@@ -229,7 +229,7 @@ def train(args, kind, run, device):
     target, history, result = targets(args, pairs), [], {}
     if kind_of_reward(args.model):
         r = raw_scores(args, reward, world, val, val_rows)
-        result["before"] = accuracies(val.label[val_rows], reward.z_scores(r))
+        result["before"] = accuracies(val.label[val_rows], z_scores(reward, r))
     optimizer = torch.optim.Adam([p for p in reward.parameters() if p.requires_grad], lr=args.lr, fused=True)
     args.steps = args.steps or max(100, 2 * len(pairs) // args.batch)
     # Table 11 has no warm-up; the authors' script has one of 5 % for the vision-language model
@@ -259,7 +259,7 @@ def train(args, kind, run, device):
     normalise(reward, r)
     reward.save(run.folder, {"command": command(args), "seed": str(args.seed)})
     if args.pairs:                           # measured on the same prompts: the constants only weigh Overall
-        result["reward"] = accuracies(val.label[val_rows], reward.z_scores(r))
+        result["reward"] = accuracies(val.label[val_rows], z_scores(reward, r))
         print_accuracies({name: [row] for name, row in result.items()})
         result["n"] = len(val_rows)
     else:
@@ -290,7 +290,7 @@ def evaluate_toy(args, reward):
     rows = {"ceiling": accuracies(pairs.label, normalised(true_scores(pairs)))}
     result = {**rows, "n": args.n_eval, "by_t": {}}
     for t in (0.0, 0.25, 0.5, 0.75, 0.9) if args.noisy else (0.0,):
-        r = reward.z_scores(raw_scores(args, reward, Shapes(), pairs, torch.arange(args.n_eval), t))
+        r = z_scores(reward, raw_scores(args, reward, Shapes(), pairs, torch.arange(args.n_eval), t))
         rows[f"reward at t = {t}"] = result["by_t"][str(t)] = accuracies(pairs.label, r)
     print_accuracies({name: [row] for name, row in rows.items()})
     return result
