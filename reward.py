@@ -16,6 +16,7 @@ import json
 import math
 import pickle
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from data import (DIMS, RANK, RANKS, Shapes, all_gather, cached_file, caption_of
                   flawed_videos, gather_rows, is_cached, known_hash, launch, load_cached, markdown,
                   metadata_of, normalised, oracle, progress, read_shapes, read_video, rng, save_cached,
                   short_hash, true_scores, video_info, with_overall, write_json)
-from model import (HERE, LayerNorm, UserError, VideoDiT, add_lora, check_finite, fetch, load_strict,
+from model import (LayerNorm, UserError, VideoDiT, add_lora, check_finite, fetch, load_strict,
                    read_config, read_json, read_tensors, read_weights, save_tensors)
 
 
@@ -148,7 +149,20 @@ def finite(r, names):
 TOKENS = tuple(f"<|{dim}_reward|>" for dim in DIMS)     # the scores are read where these stand, in this order
 # Our own prompt. Attention is causal: in it VQ and MQ are read before the text is told, so that they can't
 # depend on it.
-RUBRIC = (HERE / "assets" / "rubric.txt").read_text(encoding="utf-8").rstrip()
+RUBRIC = """A model made this video from a text. Rate it from 0 to 10 on three scales, which are kept apart.
+
+Visual quality is how single frames look, whatever they show: well-formed things and bodies, sharp edges and \
+textures without noise, blocks or ghosts, pleasing light, colour and composition, nothing cruel or indecent.
+Visual quality: <|VQ_reward|>
+
+Motion quality is how the picture changes, whatever it shows: things keep their form, move as anatomy and \
+physics allow, neither flicker nor vanish, and do move: a video that stands still is rated low.
+Motion quality: <|MQ_reward|>
+
+Text alignment is whether the video shows what the text asks for: the subjects, how many, how they look and \
+what they do, the place, the weather, the style, the view and the movement of the camera.
+The text: {text_prompt}
+Text alignment: <|TA_reward|>"""
 THEIR_TEMPLATE = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
 
 
@@ -644,4 +658,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch(main, Args, __doc__)
+    words = sys.argv[1:]
+    files_alone = words and not words[0].startswith("-")
+    launch(main, Args, __doc__, ["--video", *words] if files_alone else words)

@@ -14,6 +14,8 @@ are the same.
 """
 import copy
 import math
+import os
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -204,7 +206,7 @@ def error_pairs(model, x0, text, t, eps):
 
 def rehearse(args, world, model, reference, steps, device):
     """Take a micro-batch of ones through policy, reference and backward, before any video is encoded, and
-    print the hours and, on a GPU, the memory that training will take; no weight moves.
+    print the hours and the memory that training will take; no weight moves.
     """
     batches = micro_batches(torch.arange(args.batch), args.accumulate)
     b, shape = len(batches[0][0]), world.latent_shape(args.frames, args.size)
@@ -236,10 +238,17 @@ def rehearse(args, world, model, reference, steps, device):
 
 
 def memory(device):
-    """(the most bytes held so far, all there are) of a GPU; zeros of a CPU, which other programs share."""
-    if device == "cpu":
+    """(the most bytes that this process held so far, all there are); zeros on Windows, where Python can't tell
+    of a CPU.
+    """
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+    if sys.platform == "win32":
         return 0, 0
-    return torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024                              # a Mac counts bytes
+    return (unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 # ---- alignment ----
@@ -256,8 +265,9 @@ def align(args, world, run, device):
     model.to(device)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr, fused=True)
     steps = args.steps = args.steps or -(-len(usable) // n_rows)
-    print(f"{len(usable)} pairs / {n_rows} a step: {steps} steps, {steps * n_rows / len(usable):.2g} epochs; "
-          f"beta is of the mean error of {math.prod(world.latent_shape(args.frames, args.size)):,} numbers")
+    print(f"{len(usable)} pairs / {n_rows} a step: {steps} steps, {steps * n_rows / len(usable):.2g} epochs")
+    if args.loss == "dpo":
+        print(beta_elsewhere(args.beta, math.prod(world.latent_shape(args.frames, args.size))))
     t_range, weights = world.t_range(args.expert), torch.zeros(len(pairs), 2)
 
     for step in run.steps(steps, model, optimizer):                             # 3. saved, resumed
@@ -418,6 +428,13 @@ def log_and_warn(run, grad_norm):
     run.bar.set_postfix(loss=f"{event['loss']:.4f}")
     for verdict in diagnose(run.events, run.args.steps):
         run.bar.write(f"step {run.step + 1}: {verdict}")
+
+
+def beta_elsewhere(beta, size):
+    """A line that says what other repositories call this beta, for videos of size numbers."""
+    sums = f"{beta / size:.3g} with errors summed over a video's {size:,} numbers"
+    return (f"beta {beta:g} is of mean errors, with a 1/2 before it; elsewhere it is {beta / 2:g} without "
+            f"the 1/2, {sums}, {beta / size / 2:.3g} with neither")
 
 
 @torch.no_grad()
