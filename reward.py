@@ -274,7 +274,7 @@ class VideoReward(nn.Module):
             self.register_buffer(name, torch.tensor(settings[name]), persistent=False)
 
     def inputs(self, paths, prompts):
-        """Token ids and mask (B, L), padded right, patches (N, 1176) of all videos, grids (B, 3), for forward.
+        """Token ids and mask (B, L), padded right, patches (N, 1176) of all videos, grids (B, 3): for forward.
 
         UserError names a video that can't be scored, or a prompt with a special token in it.
         """
