@@ -23,10 +23,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (DIMS, RANK, RANKS, Shapes, all_gather, cached_file, caption_of, check_world, flawed_videos,
-                  gather_rows, is_cached, known_hash, launch, load_cached, markdown, metadata_of, normalised,
-                  oracle, progress, read_shapes, read_video, rng, save_cached, short_hash, true_scores,
-                  video_info, with_overall, write_json)
+from data import (DIMS, RANK, RANKS, Shapes, all_gather, cached_file, caption_of, check_world, content_hash,
+                  flawed_videos, gather_rows, is_cached, known_hash, launch, load_cached, markdown,
+                  metadata_of, normalised, oracle, progress, read_shapes, read_video, rng, save_cached,
+                  short_hash, true_scores, video_info, with_overall, write_json)
 from model import (LayerNorm, UserError, VideoDiT, add_lora, fetch, load_strict, read_config, read_json,
                    read_tensors, save_tensors)
 
@@ -274,7 +274,7 @@ class VideoReward(nn.Module):
             self.register_buffer(name, torch.tensor(settings[name]), persistent=False)
 
     def inputs(self, paths, prompts):
-        """Token ids and mask (B, L), padded right, patches (N, 1176) of all videos, grids (B, 3): for forward.
+        """Ids and mask (B, L), padded right, patches (N, 1176) of all videos and grids (B, 3), for forward.
 
         UserError names a video that can't be scored, or a prompt with a special token in it.
         """
@@ -359,16 +359,11 @@ class VideoReward(nn.Module):
         self.qwen.config.save_pretrained(folder / "base")
         self.tokenizer.save_pretrained(folder / "base")
 
-    def load(self, tensors, source, dtype=None):
+    def load(self, tensors, source, dtype):
         """Take these tensors as weights, LoRA merged, Qwen2-VL in dtype, head and rows in fp32; returns self.
 
-        source: their name, for messages. dtype None is fp32, or bf16 beside a GPU. self.identity becomes a
-        short name for weights, settings and precision, by which cached scores know their reward.
+        source: their name, for messages.
         """
-        dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-        # a few numbers of each tensor tell it: training moves them all
-        starts = {k: v.flatten()[:16].float().tolist() for k, v in sorted(tensors.items())}
-        self.identity = short_hash(self.settings, str(dtype), starts)
         merge_adapters(tensors, self.settings)
         if len(tensors.get(EMBEDDING, ())) == len(self.tokenizer):
             tensors.setdefault("rows", tensors[EMBEDDING][self.token_ids])
@@ -378,21 +373,22 @@ class VideoReward(nn.Module):
         return self
 
     @classmethod
-    def from_base(cls, base, template=None):
-        """An untrained VideoReward on a Qwen2-VL folder or hub repository, with a new head and new tokens."""
+    def from_base(cls, base, template=None, dtype=torch.float32):
+        """An untrained VideoReward on a Qwen2-VL folder or hub repository in dtype, with new head and tokens.
+        """
         settings = SETTINGS | {"template": read_template(template) if template else RUBRIC}
         folder = fetch(base, [*BASE_FILES, "*.safetensors*"])
         config, tokenizer = read_base(folder, folder)
         tensors = read_base_weights(folder, len(tokenizer))
         tensors["rm_head.weight"] = 0.02 * torch.randn(1, config.text_config.hidden_size)
-        return cls(config, tokenizer, settings).load(tensors, base)
+        return cls(config, tokenizer, settings).load(tensors, base, dtype)
 
     @classmethod
-    def from_pretrained(cls, checkpoint, base=None, template=None, dtype=None):
+    def from_pretrained(cls, checkpoint, base=None, template=None, dtype=torch.float32):
         """The VideoReward of a folder or hub repository, see find_checkpoint, its LoRA merged, in eval mode.
 
         base: the Qwen2-VL, if not the one that the checkpoint names; template: the file for read_template;
-        dtype: of Qwen2-VL, see load.
+        dtype: of Qwen2-VL. By its identity, of weights, settings and dtype, cached scores know it again.
         """
         folder, files = find_checkpoint(checkpoint)
         settings, named = read_settings(folder, template)
@@ -403,6 +399,8 @@ class VideoReward(nn.Module):
         for file in files:                        # the later wins: an adapter may hold the embeddings as well
             tensors |= our_names(unpickle(file) if file.suffix == ".pth" else read_tensors(file)[0])
         reward = cls(config, tokenizer, settings).load(tensors, files[0].parent, dtype)
+        own = [*files, *(weight_files(base) if is_adapter else [])]
+        reward.identity = short_hash(settings, str(dtype), [content_hash(file) for file in own])
         if (reward.std == 1).all():
             print(f"{checkpoint} has no constants to normalise by: its scores are raw")
         return reward.eval().requires_grad_(False)
@@ -610,7 +608,7 @@ def load_reward(path, base=None, template=None, device="cpu"):
     if path == "oracle":
         return Oracle()
     if kind_of_reward(path) == "files":
-        return VideoReward.from_pretrained(path, base, template, torch.float32).to(device)
+        return VideoReward.from_pretrained(path, base, template).to(device)
     return LatentReward.from_pretrained(path).to(device)
 
 
@@ -621,9 +619,8 @@ def score_videos(reward, paths, prompts, cache):
     files = [cached_file(cache, "score", reward.identity, known_hash(cache, path), prompt)
              for path, prompt in zip(paths, prompts, strict=True)]
     todo = dict(zip(files, zip(paths, prompts)))
-    for file in progress(list(todo)[RANK::RANKS], "scoring"):
+    for file, (path, prompt) in progress(list(todo.items())[RANK::RANKS], "scoring"):
         if not is_cached(file):
-            path, prompt = todo[file]
             save_cached(reward.score([path], [prompt], normalise=False)[0], file)
     all_gather(None)                                                            # every rank's share is there
     return finite(reward.z_scores(torch.stack([load_cached(file) for file in files])), paths)

@@ -2,7 +2,8 @@
 
     pytest test_all.py                                                  on a CPU, without network
     python test_all.py --bench                                          how fast it is, beside diffusers
-    python test_all.py --bench --preset wan-1.3b --frames 81 --size 480,832 --dtype bf16 --checkpointing
+    python test_all.py --bench --preset wan-1.3b --dtype bf16 --checkpointing
+    python test_all.py --gpu                                ten minutes on a GPU: tables, and gpu.json
 """
 import contextlib
 import copy
@@ -27,6 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -141,12 +143,13 @@ def test_8_euler_hits_a_gaussian_and_nrg_its_tilted_mean_but_not_with_the_wrong_
     def noisy_reward(x, t):                                 # E[r | xt] of r(x0) = 2 x0, up to a constant
         return 2 * mean_x0(x, t).float()
     eps, ts = torch.randn(20000, 1, generator=rng(0), dtype=torch.float64), timesteps(200).double()
-    x, ratios = euler(velocity, eps, ts), []
+    x = euler(velocity, eps, ts)
     assert abs(x.mean() - 0.700) < 0.01 and abs(x.std() - 0.496) < 0.01
     # the target of guidance by w = 2 is N(mu + 2 w s^2, s^2) = N(1.7, s^2)
-    x = euler(nrg(velocity, noisy_reward, rg_scale=2.0, dim_w=(1.0,), ratios=ratios), eps, ts)
+    guided = nrg(velocity, noisy_reward, rg_scale=2.0, dim_w=(1.0,))
+    x = euler(guided, eps, ts)
     assert abs(x.mean() - 1.7) < 0.02 and abs(x.std() - 0.496) < 0.01
-    assert len(ratios) == 199                                                   # t = 1 is skipped
+    assert torch.equal(guided(eps, ts[0]), velocity(eps, ts[0]))                # t = 1 is skipped
     assert euler(nrg(velocity, noisy_reward, rg_scale=-2.0, dim_w=(1.0,)), eps, ts).mean() < -0.2
     v, guided = velocity(eps, ts[9]), nrg(velocity, noisy_reward, 1000.0, (1.0,), max_ratio=0.1)(eps, ts[9])
     assert torch.allclose((guided - v).abs(), 0.1 * v.abs(), rtol=1e-3)         # no more than its share
@@ -315,9 +318,9 @@ def test_the_start_of_an_alignment_is_drawn_once_and_kept_by_all_that_it_depends
         return align(runs, tmp_path / name, steps=1, eval_n=2, cache=f"{tmp_path}/cache", **changes)
     first = judged("first")
     assert len(drawn) == 2
-    again = judged("again", loss="sft")                                         # another run from the same start
+    again = judged("again", loss="sft")  # another run from the same start
     assert len(drawn) == 1 and again["oracle_start"] == first["oracle_start"]
-    for changes in (dict(seed=1), dict(dtype="bf16"), dict(model=f"{tmp_path}/first")):     # adapters on the base
+    for changes in (dict(seed=1), dict(dtype="bf16"), dict(model=f"{tmp_path}/first")):  # adapters on the base
         judged(f"other{len(str(changes))}", **changes)
         assert len(drawn) == 2, changes
 
@@ -342,18 +345,74 @@ def test_flawless_videos_close_the_whole_gap_and_the_start_none_of_it():
     start, now, end = (part[name]["TA"] for name in ("oracle_start", "oracle", "oracle_clean"))
     assert part["gap_closed"]["TA"] == pytest.approx((now - start) / (end - start), abs=1e-3)
     assert whole["oracle"]["TA"] == pytest.approx(end, abs=0.01)
+    assert part["gap_closed_best"] == part["gap_closed"]                        # start is at its best
+    best = sample.evaluate(half, flawed, prompts, best=half)
+    assert set(best["gap_closed_best"].values()) == {0.0} and best["gap_closed"] == part["gap_closed"]
 
-def test_a_table_of_scores_has_means_and_spreads(capsys):
-    def result(start, now, closed, distance):
-        rows = {"oracle_start": start, "oracle": now, "gap_closed": closed}
-        return {key: dict(zip((*DIMS, "Overall"), row)) for key, row in rows.items()} | {"distance": distance}
-    a = result((0.2, 0.5, 0.8), (0.3, 0.4, 0.5), (1.0, 0.03, 0.3, -0.2), 0.25)
-    b = result((0.0, 0.5, 1.0), (0.1, 0.2, 0.3), (0.0, 0.01, 0.5, -0.1), 0.5)
-    sample.print_scores({"half": [a, b], "alone": [b]})
-    assert capsys.readouterr().out.strip().splitlines()[2:] == [
-        "| half | -15 ± 7 | 50 ± 71 (0.10 ± 0.14 to 0.20 ± 0.14) | 2 ± 1 (0.50 ± 0.00 to 0.30 ± 0.14) | "
-        "40 ± 14 (0.90 ± 0.14 to 0.40 ± 0.14) | 0.3750 ± 0.1768 |",
-        "| alone | -10 | 0 (0.00 to 0.10) | 1 (0.50 to 0.20) | 50 (1.00 to 0.30) | 0.5000 |"]
+def test_the_start_is_also_drawn_at_its_best_guidance_from_the_same_noise(runs, tmp_path):
+    here, there = (sample.main(job("win rates", runs, tmp_path / f"{cfg}", cfg=cfg)[1]) for cfg in (4.5, 2.5))
+    assert here["gap_closed_best"] == here["gap_closed"] and there["gap_closed_best"] != there["gap_closed"]
+    end, begin, goal = (x["VQ"] for x in (there["oracle"], here["oracle_start"], there["oracle_clean"]))
+    assert there["gap_closed_best"]["VQ"] == pytest.approx((end - begin) / (goal - begin), abs=1e-2)
+
+def write_run(folder, result, **args):
+    """A finished run's folder with these results and arguments."""
+    folder.mkdir(parents=True)
+    data.write_json(folder / "config.json", {"args": args | {"out": str(folder)}})
+    dims = (*DIMS, "Overall")
+    data.write_json(folder / "eval.json", {"win_rate": dict.fromkeys(dims, 0.5), "n": 4} | {
+        key: dict(zip(dims, x)) if isinstance(x, tuple) else x for key, x in result.items()})
+    return folder
+
+def rows_of_table(capsys, *folders):
+    """The cells of the rows that --compare prints of these runs, without the table's head."""
+    capsys.readouterr()
+    sample.main(sample.Args(compare=list(map(str, folders))))
+    lines = capsys.readouterr().out.splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[0] == "|"][2:]
+
+def test_a_table_has_each_measure_with_means_and_spreads(tmp_path, capsys):
+    runs = []
+    for seed, closed, far in ((0, (1, .03, .3, -.2), 0.25), (1, (0, .01, .5, -.1), 0.5)):
+        result = dict(gap_closed=closed, oracle=(.3, .4, .5), distance=far)
+        runs.append(write_run(tmp_path / f"{seed}", result, seed=seed))
+    alone = write_run(tmp_path / "alone", {"win_rate_reward": (.25, .5, .5, .75)}, seed=0, cfg=2.5)
+    name = str(runs[0])
+    assert rows_of_table(capsys, *runs, alone) == [
+        ["wins, %", "oracle", name, "4.5", *["50.0 ± 0.0"] * 4, "2 x 4"],
+        ["wins, %", "oracle", str(alone), "2.5", *["50.0"] * 4, "1 x 4"],
+        ["wins, %", "reward", str(alone), "2.5", "75.0", "25.0", "50.0", "50.0", "1 x 4"],
+        ["gap closed, %", "oracle", name, "4.5", "-15 ± 7", "50 ± 71", "2 ± 1", "40 ± 14", "2 x 4"],
+        ["mean score after", "oracle", name, "4.5", "", "0.30 ± 0.00", "0.40 ± 0.00", "0.50 ± 0.00", "2 x 4"],
+        ["distance", "", name, "4.5", "0.3750 ± 0.1768", "", "", "", "2 x 4"]]
+
+def test_runs_are_one_row_if_seeds_alone_tell_them_apart_however_far_back(tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path / f"{seed}/dpo", {}, seed=seed, lr=1.0)
+        write_run(tmp_path / f"{seed}/sft", {}, seed=seed, lr=2.0)
+        write_run(tmp_path / f"{seed}/own", {}, seed=seed, lr=1.0, pairs=f"{tmp_path}/{seed}/dpo/pairs.csv")
+        (tmp_path / f"{seed}/dpo/pairs.csv").touch()
+    again = write_run(tmp_path / "again", {}, seed=0, lr=1.0)                   # by other code
+    drawn = [write_run(tmp_path / f"drawn {i}", {}, seed=seed, cfg=1.0, ckpt=[f"{tmp_path}/{place}"])
+             for i, (seed, place) in enumerate(((0, "0/dpo"), (0, "1/dpo"), (0, "0/sft")))]
+    def rows(*folders):
+        return [row[-1] for row in rows_of_table(capsys, *folders)]
+    assert rows(tmp_path / "0/dpo", tmp_path / "1/dpo") == ["2 x 4"] == rows(*drawn[:2])
+    assert rows(tmp_path / "0/own", tmp_path / "1/own") == ["2 x 4"] and rows(*[again] * 2) == ["1 x 4"]
+    assert rows(tmp_path / "0/dpo", again) == rows(tmp_path / "0/dpo", tmp_path / "0/sft") == ["1 x 4"] * 2
+    assert rows(drawn[0], drawn[2]) == ["1 x 4"] * 2
+
+def test_validation_runs_choose_the_guidance_at_which_held_out_ones_are_shown(tmp_path, capsys):
+    def run(cfg, split, seed, closed):
+        result = {"gap_closed_best": (0, 0, 0, closed)}
+        return write_run(tmp_path / f"{cfg}{split}{seed}", result, cfg=cfg, split=split, seed=seed)
+    scores = {1.5: (.1, .9), 2.5: (.6, .7), 4.5: (.3, .3)}
+    val = [run(cfg, "val", seed, x) for cfg, seeds in scores.items() for seed, x in enumerate(seeds)]
+    held_out = [run(cfg, "eval", seed, .2) for cfg in scores for seed in (0, 1)]
+    shown = [row[2:4] + row[-1:] for row in rows_of_table(capsys, *val, *held_out)]
+    assert shown == [[str(held_out[2]), "2.5", "2 x 4"]] * 2                    # wins, and the gap from 4.5
+    assert {row[3] for row in rows_of_table(capsys, *held_out)} == {"1.5", "2.5", "4.5"}
+    assert {row[3] for row in rows_of_table(capsys, *val)} == {"1.5", "2.5", "4.5"}
 
 def test_a_hacked_reward_is_named_and_a_good_run_is_not():
     video = clean_videos(PROMPTS[::4])
@@ -369,29 +428,76 @@ def test_a_hacked_reward_is_named_and_a_good_run_is_not():
     assert re.search(r"but motion fell from 0\.\d+ to 0.000$", said(still))
     assert "the oracle prefers them in 30% only" in said(oracle=0.3)
 
-def test_runs_are_compared_in_one_table_with_seeds_together_and_drawn_over_any_number(runs, capsys):
+def test_runs_are_drawn_side_by_side_or_over_any_number_or_their_steps(runs, capsys):
     results = {x: sample.main(job("win rates", runs, runs / f"scale{x:g}", rg_scale=x)[1]) for x in (1.0, 30.0)}
-    capsys.readouterr()
-    sample.compare(sample.Compare(compare=[f"{runs}/scale1"] * 2))
-    said = capsys.readouterr().out
-    assert said.count("| scale1 | oracle |") == 1 and said.count(" ± 0.0 |") == 4 and "| 2 x 4 |" in said
-    assert results[1.0]["n"] == 4 and (runs / "compare.webp").exists()
-    args = sample.Compare(compare=[f"{runs}/scale1", f"{runs}/scale30"], x="rg_scale", by=["steps"],
-                          y=["win_rate/VQ", "oracle/VQ"], out=f"{runs}/drawn.png")
-    assert sample.compare(args) == {(y, "steps 2"): {x: [result[y.split("/")[0]]["VQ"]]
-                                                     for x, result in results.items()} for y in args.y}
+    args = sample.Args(compare=[f"{runs}/scale1", f"{runs}/scale30"])
+    sample.main(args)
+    assert "| wins, % | oracle |" in capsys.readouterr().out and (runs / "compare.webp").exists()
+    args = replace(args, x="rg_scale", by=["steps"], y=["win_rate/VQ", "oracle/VQ"], out=f"{runs}/drawn.png")
+    assert sample.main(args) == {(y, "steps 2"): {x: [result[y.split("/")[0]]["VQ"]]
+                                                  for x, result in results.items()} for y in args.y}
     assert (runs / "drawn.png").read_bytes()[:4] == b"\x89PNG"
-    assert sample.compare(replace(args, by=["ckpt"])).keys() == {(y, "base") for y in args.y}
-    lines = sample.compare(replace(args, compare=[f"{runs}/base"], x="step", by=[], y=["loss"]))
+    assert sample.main(replace(args, by=["ckpt"])).keys() == {(y, "ckpt base") for y in args.y}
+    lines = sample.main(replace(args, compare=[f"{runs}/base"], x="step", by=[], y=["loss"]))
     events = data.read_log(runs / "base")                                       # a log has ten or more
-    assert len(events) >= 10 and {e["step"]: [e["loss"]] for e in events} == lines["loss", "base"]
+    assert len(events) >= 10 and {e["step"]: [e["loss"]] for e in events} == lines["loss", ""]
 
-def test_rewards_are_compared_beside_the_ceiling_and_by_how_they_tell_ties(runs, capsys):
-    sample.compare(sample.Compare(compare=[f"{runs}/reward", f"{runs}/noisy"]))
-    said, ties = capsys.readouterr().out, read(runs / "noisy/eval.json")["differences"]["TA"]
-    assert re.search(r"ceiling.*\n\| reward \|.*\n\| noisy \|", said)
-    cell = f"{ties['tied'][1]:.2f} / {ties['other'][1]:.2f} ({100 * ties['separation']:.0f}) |"
-    assert said.splitlines()[-1].endswith(cell)
+def test_rewards_are_compared_beside_the_ceiling(runs, capsys):
+    sample.main(sample.Args(compare=[f"{runs}/reward", f"{runs}/noisy"]))
+    said, right = capsys.readouterr().out, read(runs / "noisy/eval.json")["by_t"]["0.0"]["Overall"]
+    assert re.search(r"ceiling.*\n\| \S*/reward \|.*\n\| \S*/noisy \|", said)
+    assert said.strip().endswith(f"{100 * right['without']:.1f} / {100 * right['with']:.1f} |")
+
+def test_a_video_that_is_not_finite_ends_the_run_by_its_prompt():
+    m = random_model()
+    m.blocks[1].self_attn.v.weight.data[0, 0] = NAN
+    with refusing(f"the video of '{PROMPTS[0]}' is not finite"):
+        sample.toy_videos(m, PROMPTS[:1], 0, steps=1)
+
+ODD = ("/", "..", " . ", "\u3000", "\\", "C:\\", "\n", "\u2028", '? "<*>" |', "\x00", "\x85", "é.", "x" * 400)
+
+def test_every_name_that_is_written_reads_back_and_is_allowed_everywhere(runs, tmp_path):
+    odd = [" ".join((x, "a", x, PROMPTS[0], x)) for x in ODD]
+    odd += [PROMPTS[0], PROMPTS[0].upper(), f"{PROMPTS[0]} .", f"/ {PROMPTS[0]}"]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in odd))
+    sample.main(sample.Args(model=f"{runs}/base", prompts=f"{tmp_path}/odd.jsonl", n_per_prompt=2, steps=1,
+                            cfg=1.0, reward="oracle", out=f"{tmp_path}/out"))
+    pairs = data.read_pairs(tmp_path / "out/pairs.csv")                         # or it says what is not there
+    names = {Path(path).name for pair in pairs.videos for path in pair}
+    assert names == {file.name for file in (tmp_path / "out").glob("*.mp4")} and len(pairs) == len(odd)
+    assert len({name.lower() for name in names}) == 2 * len(odd)                # no case tells two apart
+    assert {f"{PROMPTS[0]}-0.mp4", f"{PROMPTS[0]} .-0.mp4"} <= names            # as VBench has them
+    assert not any(re.search(r'[<>:"/\\|?*\x00-\x1f]|^[ .]', name) for name in names)
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_killed_sampling_goes_on_to_the_same_files_and_keeps_what_is_there(batch, runs, tmp_path, monkeypatch):
+    args = sample.Args(model=f"{runs}/base", prompt=PROMPTS[:3], n_per_prompt=2, steps=2, batch=batch,
+                       reward=f"{runs}/reward", out=f"{tmp_path}/run", resume=True)
+    sample.main(replace(args, out=f"{tmp_path}/whole"))
+    own, written = sample.write_video, []
+    def until_the_fifth(file, *rest):
+        own(file, *rest)
+        if (tmp_path / "run/003.mp4").exists():
+            raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(sample, "write_video", until_the_fifth)
+        sample.main(args)
+    log = tmp_path / "run/scores.jsonl"
+    assert not (tmp_path / "run/004.mp4").exists() and not (tmp_path / "run/pairs.csv").exists()
+    log.write_text(log.read_text()[:-20])                                       # the last line is cut short
+    monkeypatch.setattr(sample, "write_video", lambda *args: written.append(args[0].stem) or own(*args))
+    sample.main(args)
+    assert written == ["003", "004", "005"]                                     # whole batches of one or three
+    whole, run = ({file.name: file.read_bytes() for pattern in ("*.mp4", "*.csv")
+                   for file in (tmp_path / name).glob(pattern)} for name in ("whole", "run"))
+    assert whole == run and len(run) == 7
+
+def test_without_out_the_next_free_folder_is_taken(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("sample", "sample-2", "sample-3"):
+        sample.main(sample.Args(model=f"{runs}/base", prompt=PROMPTS[:1], steps=1))
+        assert read(tmp_path / "runs" / name / "config.json")["args"]["out"] == f"runs/{name}"
+    assert not list((tmp_path / "runs").glob("*.*"))                            # none was moved
 
 def test_memory_of_sampling_does_not_grow_with_the_number_of_videos(wan, tmp_path, monkeypatch):
     alive, own = [], sample.write_video
@@ -511,7 +617,7 @@ def test_pairs_are_read_in_the_layouts_that_are_documented(tmp_path):
     row = '{"prompt": "p", "chosen": "b", "rejected": "a"}'
     assert read_pairs(tmp_path, f"[{row}, {row}]").lines == [1, 2]
     assert read_pairs(tmp_path, row, "", row).lines == [1, 3]
-    unlabelled = read_pairs(tmp_path, JSON_ROW.replace('"A"', "NaN").replace(".mp4", ""))   # as pandas writes None
+    unlabelled = read_pairs(tmp_path, JSON_ROW.replace('"A"', "NaN").replace(".mp4", ""))  # as pandas writes None
     assert unlabelled.label.isnan().all()
     with refusing("wanted are prompt, chosen, rejected"):                       # others are not guessed at
         read_pairs(tmp_path, "prompt,video1_path,video2_path,standard_answer", "p,a,b,video1")
@@ -569,7 +675,7 @@ def test_labels_decide_by_their_sign_and_ties_are_dropped():
     assert len(rows) == 60 and (r[:, 0] >= r[:, 1]).all()
 
 def test_on_policy_pairs_are_the_best_and_the_worst_of_what_a_model_drew_and_align_it(runs, tmp_path):
-    sample.main(sample.Args(ckpt=f"{runs}/base", prompt=data.prompts_of("train")[:9], n_per_prompt=2, steps=2,
+    sample.main(sample.Args(ckpt=[f"{runs}/base"], prompt=data.prompts_of("train")[:9], n_per_prompt=2, steps=2,
                             cfg=1.0, reward="oracle", out=f"{runs}/own"))
     args = align_args(runs, tmp_path / "run", pairs=f"{runs}/own/pairs.csv", steps=1, eval_n=1)
     world, one = data.world_of(args.model), runs / "own/000.mp4"
@@ -587,7 +693,8 @@ def test_on_policy_pairs_are_the_best_and_the_worst_of_what_a_model_drew_and_ali
     assert read(tmp_path / "run/config.json")["args"]["labels"] == "human"      # the file's own decide
     assert any(x.any() for name, x in weights(tmp_path / "run/lora.safetensors").items() if "lora_B" in name)
     r = tensor([1, 3, 2, 6, 5, 4])
-    sample.write_pairs(tmp_path / "best.csv", list("abcdef"), ["x"] * 3 + ["y"] * 3, r, 3)
+    files = [tmp_path / f"{name}.mp4" for name in "abcdef"]
+    sample.write_pairs(tmp_path / "best.csv", files, ["x"] * 3 + ["y"] * 3, r, 3)
     assert (tmp_path / "best.csv").read_text().split() == [
         "prompt,chosen,rejected", "x,b.mp4,a.mp4", "y,d.mp4,f.mp4"]
 
@@ -634,7 +741,7 @@ def test_a_damaged_video_says_how_much_of_it_can_be_decoded(tmp_path):
     with av.open(str(tmp_path / "a.mp4")) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
     content = bytearray((tmp_path / "a.mp4").read_bytes())
-    for place, size in sorted(packets)[12:]:                                    # it opens, and breaks in the middle
+    for place, size in sorted(packets)[12:]:  # it opens, and breaks in the middle
         content[place:place + size] = bytes(size)
     (tmp_path / "late.mp4").write_bytes(content)
     for look in (lambda path: data.read_video(path, [19]), data.read_video, reward.check_video):
@@ -660,7 +767,7 @@ def test_a_video_is_read_as_players_show_it_and_a_clip_is_a_stretch_of_its_time(
     film(tmp_path / "uneven.mp4", grey, ms=[0, 100, 200, 300, 320, 340, 360, 380, 400, 700, 800, 900])
     shown = [0, 0, 1, 1, 2, 3, 6, 8, 8]                                         # at k / 16 s
     assert data.clip_frames(tmp_path / "uneven.mp4", 9).tolist() == shown
-    film(tmp_path / "browser.webm", grey, ms=range(0, 6000, 500), rate=1000)     # six seconds, says 1,000 a second
+    film(tmp_path / "browser.webm", grey, ms=range(0, 6000, 500), rate=1000)  # six seconds, says 1,000 a second
     assert data.video_info(tmp_path / "browser.webm")[1] == pytest.approx(2)
     write_clips(tmp_path, ["whole.txt"], frames=12, fps=24)
     write_clips(tmp_path, ["slow.mp4"], frames=4, fps=8)                        # half a second too
@@ -1132,7 +1239,7 @@ def test_every_command_of_the_pages_parses():
     for script, *words in commands + [shlex.split(line)[1:] for line in documented if line[:7] == "python "]:
         assert (HERE / script).exists(), script
         if script in scripts:
-            data.parse_args(entry(scripts[script], words)[1], scripts[script].__doc__, words)
+            data.parse_args(scripts[script].Args, scripts[script].__doc__, words)
 
 HEALTHY = [dict(step=10 * i, loss=0.693 - 0.02 * i, logit=0.05 * i, grad_factor=0.5 - 0.02 * i,
                 margin=0.0003 * i, gap_w=0.0008 * i, gap_l=0.0011 * i, err_ref_w=0.036) for i in range(1, 11)]
@@ -1203,7 +1310,7 @@ def test_what_changed_under_a_stopped_run_is_told_and_an_ended_run_can_be_made_l
         train_align.main(replace(args, steps=4, resume=True))
     noisy = noisy_args(wan, tmp_path / "noisy", steps=1)
     train_reward.main(replace(noisy))
-    with refusing("--steps 2 is not what .* began with, 1"):                                   # its learning rate hangs on them
+    with refusing("--steps 2 is not what .* began with, 1"):  # its learning rate hangs on them
         train_reward.main(replace(noisy, steps=2, resume=True))
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1307,7 +1414,7 @@ def test_memory_is_told_on_every_system(monkeypatch):
     assert 10**8 < held < total
     monkeypatch.setattr(sys, "platform", "darwin")                              # a Mac counts bytes
     assert train_align.memory("cpu")[0] < held / 500
-    monkeypatch.setitem(sys.modules, "resource", None)                          # and Windows has no such module
+    monkeypatch.setitem(sys.modules, "resource", None)  # and Windows has no such module
     monkeypatch.setattr(sys, "platform", "win32")
     assert train_align.memory("cpu") == (0, 0)
 
@@ -1353,10 +1460,11 @@ def test_sampling_gives_the_latents_and_frames_of_diffusers_pipeline(name, size,
     pipe.scheduler.set_timesteps(4)
     ts = pipe.scheduler.sigmas
     assert (ts[:-1] >= 0.875).unique().numel() == 2                             # both experts are asked
-    x, videos = map(torch.stack, zip(*sample.generate(
+    _, x, videos = zip(*sample.generate(
         sample.load_all([str(wans[name])], world, torch.float32), world, prompts,
         sample.embed_all(world, prompts, "sleeps"), 7, ts, size, cfg_scale=4.0, cfg_low=3.0,
-        negative="sleeps", batch=1)))
+        negative="sleeps", batch=1))
+    x, videos = torch.stack(x), torch.stack(videos)
     assert torch.allclose(x, latents, rtol=0, atol=1e-4)
     assert torch.allclose((videos + 1) / 2, frames.transpose(1, 2), rtol=0, atol=1e-4)
 
@@ -1383,7 +1491,7 @@ def test_a_content_is_encoded_once_and_read_once(wan, tmp_path, monkeypatch):
     assert len(encoded) == 5 and torch.equal(again.latents(pairs, [0, 2, 1]), x0)
     assert opened and ".mp4" not in opened                                 # remembered by path, size and time
     args.frames = 9
-    again.encode(again.read(args), args)                                        # other settings, other latents
+    again.encode(again.read(args), args)  # other settings, other latents
     assert len(encoded) == 9
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: data.save_cached(torch.zeros(50, 50), file), range(50)))
@@ -1436,7 +1544,7 @@ def test_each_expert_is_trained_in_its_range_and_its_lora_loads_in_diffusers(wan
     both, one, plain = (sample.load_all(x, world, torch.float32) for x in (runs, runs[:1], [str(folder)]))
     for t, same in ((0.9, True), (0.3, False)):                               # one run beside the plain other
         assert torch.equal(one(*wan_batch(t)), plain(*wan_batch(t))) == same
-    with refusing("of the same expert"):
+    with refusing("must be one of each expert"):
         sample.load_all(runs[:1] * 2, world, torch.float32)
     sample.main(sample.Args(ckpt=runs, prompt=["a cat"], steps=2, against="base", out=f"{tmp_path}/out"))
     assert data.video_info(tmp_path / "out/start/000.mp4")[:2] == (5, 16.0)
@@ -1458,7 +1566,7 @@ def test_a_run_is_sampled_as_it_was_trained_and_with_its_base_in_a_new_place(wan
     shutil.copytree(wan, tmp_path / "there", ignore=shutil.ignore_patterns("dpo", "runs"))
     train_align.main(wan_args(tmp_path / "there", "run", cache=f"{tmp_path}/cache", steps=1))
     args = sample.Args(ckpt=[f"{tmp_path}/there/run"], prompt=["a cat"], out=f"{tmp_path}/drawn")
-    sample.check(args, data.world_of(args.ckpt[0]))
+    sample.check_args(args, data.world_of(args.ckpt[0]))
     assert (args.frames, *args.size, args.shift, args.cfg) == (5, 32, 48, 8.0, 6.0)
     expected = sample.load_model(tmp_path / "there/run")(*wan_batch())
     here = (tmp_path / "there").rename(tmp_path / "here")
@@ -1488,14 +1596,58 @@ def test_14b_is_sampled_with_numbers_of_its_own(wan, tmp_path):
     config = read(wan / "transformer/config.json") | dict(num_attention_heads=40, attention_head_dim=128)
     data.write_json(large / "transformer/config.json", config)
     args = sample.Args(model=str(large), prompt=["a cat"], out=f"{tmp_path}/out")
-    sample.check(args, data.world_of(args.model))
+    sample.check_args(args, data.world_of(args.model))
     assert (args.shift, args.cfg) == (5.0, 5.0)
+
+def test_each_expert_has_a_guidance_of_its_own_and_cfg_alone_is_of_both(wans, tmp_path):
+    folder, world = str(wans["a14b"]), data.world_of(wans["a14b"])
+    model, texts = sample.load_all([folder], world, torch.float32), sample.embed_all(world, ["a cat"])
+    def drawn(ts, high, low):
+        found = sample.generate(model, world, ["a cat"], texts, 0, tensor(ts), (5, 32, 48), high, cfg_low=low)
+        return next(found)[1]
+    for ts, guided in (([1, 0.9], False), ([0.8, 0.0], True)):                  # the boundary is 0.875
+        one, both, low = (drawn(ts, *scales) for scales in ((1, 1), (3, 3), (1, 3)))
+        assert torch.equal(low, both if guided else one) and not torch.equal(one, both)
+    for given, found in (((None, None), (4.0, 3.0)), ((1.0, None), (1.0, 1.0)), ((1.0, 3.0), (1.0, 3.0))):
+        args = sample.Args(model=folder, prompt=["a cat"], cfg=given[0], cfg_low=given[1], out=f"{tmp_path}/out")
+        sample.check_args(args, world)
+        assert (args.cfg, args.cfg_low) == found
+
+def test_all_lora_files_count_and_two_experts_take_two(wan, wans, tmp_path):
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        save_lora(shake_lora(add_lora(sample.load_model(wan), 2, 2.0)), tmp_path / name)
+    files, world = [str(tmp_path / name) for name in "ab"], data.world_of(wan)
+    one, both = (sample.load_all([str(wan)], world, torch.float32, files[:n])(*wan_batch()) for n in (1, 2))
+    joined = load_lora(load_lora(sample.load_model(wan), files[0]), files[1])(*wan_batch())
+    assert torch.equal(both, joined) and not torch.equal(one, both)
+    world, plain = data.world_of(wans["a14b"]), [str(wans["a14b"])]
+    experts = sample.load_all(plain, world, torch.float32, files)
+    for t, part, file in ((0.9, "high", files[0]), (0.3, "low", files[1])):
+        m = load_lora(sample.load_model(wans["a14b"], expert=part), file)
+        assert torch.equal(experts(*wan_batch(t)), m(*wan_batch(t)))
+    for wrong in (files[:1], files + files[:1]):
+        with refusing("--lora takes two files"):
+            sample.check_args(sample.Args(model=plain[0], prompt=["a cat"], lora=wrong, **CLIP), world)
+
+def test_texts_come_first_and_then_one_model_at_a_time(wans, tmp_path, monkeypatch):
+    events, models, load, embed = [], [], VideoDiT.from_pretrained.__func__, sample.embed_all
+    def from_pretrained(*args):
+        events.append(sum(any(p.device.type != "meta" for p in m.parameters()) for m in models))
+        models.append(load(*args))
+        return models[-1]
+    monkeypatch.setattr(VideoDiT, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr(sample, "embed_all", lambda *args: events.append("texts") or embed(*args))
+    sample.main(sample.Args(model=str(wans["a14b"]), against=str(wans["a14b"]), prompt=["a cat"], steps=2,
+                            out=f"{tmp_path}/out", **CLIP))
+    assert events == ["texts", 0, 1, 0, 1]                                      # two experts, and two again
+    assert (tmp_path / "out/000.mp4").read_bytes() == (tmp_path / "out/start/000.mp4").read_bytes()
 
 def test_wan_is_sampled_side_by_side_under_the_names_that_vbench_expects(wan, tmp_path):
     (tmp_path / "prompts.csv").write_text(
         "prompt,prompt_shorter\na cat runs and runs,a cat runs\na dog sleeps,\na cat runs,\n")
     train_align.main(wan_args(wan, "side", steps=1))
-    sample.main(sample.Args(ckpt=f"{wan}/side", prompts=f"{tmp_path}/prompts.csv", n_per_prompt=2, steps=2,
+    sample.main(sample.Args(ckpt=[f"{wan}/side"], prompts=f"{tmp_path}/prompts.csv", n_per_prompt=2, steps=2,
                             against="base", out=f"{tmp_path}/out", **CLIP))
     names = {f"a cat runs-{i}.mp4" for i in range(4)} | {f"a dog sleeps-{i}.mp4" for i in range(2)}
     for folder in (tmp_path / "out", tmp_path / "out/start"):
@@ -1510,7 +1662,7 @@ def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path):
     args = sample.Args(model=str(wan), prompt=["a cat runs"], n_per_prompt=2, steps=3,
                        out=f"{tmp_path}/plain", **CLIP)
     sample.main(replace(args))
-    result = sample.main(replace(args, ckpt=f"{wan}/guided", nrg=noisy, against="base", reward=noisy,
+    result = sample.main(replace(args, ckpt=[f"{wan}/guided"], nrg=noisy, against="base", reward=noisy,
                                  out=f"{tmp_path}/out"))
     assert set(result["win_rate"]) == {*DIMS, "Overall"} and read(tmp_path / "out/eval.json") == result
     plain, guided, start = (data.read_video(tmp_path / name / "001.mp4")[0]
@@ -1531,7 +1683,7 @@ def test_videoreward_labels_the_pairs_of_wan_and_judges_what_it_draws(wan, qwen,
     train_align.main(wan_args(wan, "judged", loss="rwr", labels="reward", steps=2, **judge))
     assert "3 of 3 pairs labelled by reward" in capsys.readouterr().out
     assert len([*(wan / "cache").glob("score-*")]) >= 5                         # distinct videos and prompts
-    result = sample.main(sample.Args(ckpt=f"{wan}/judged", prompt=["a dog runs"], n_per_prompt=2, steps=2,
+    result = sample.main(sample.Args(ckpt=[f"{wan}/judged"], prompt=["a dog runs"], n_per_prompt=2, steps=2,
                                      against="base", out=f"{tmp_path}/out", **CLIP, **judge))
     assert result["n"] == 2 and result["judge"] == judge["reward"]
 
@@ -1566,13 +1718,15 @@ train_align   --resume --out {broken}                              config.json c
 sample        --size 30,30 --eval 4                                --frames and --size are for Wan
 sample        --out x                                              one thing at a time
 sample        --eval 4 --split test                                invalid choice
-sample        --eval 4 --x beta                                    unknown argument --x
+sample        --eval 4 --x beta                                    one thing at a time
+sample        --compare {won} --cfg 3                              stand --x, --y, --by and --out alone
 sample        --eval 4 --against base                              this model has none
 sample        --prompt 'a dog'                                     not a prompt of Shapes world
 sample        --prompt 'a red circle moving left' --reward oracle  add --against base or --n_per_prompt 4
+sample        --prompt 'a red circle moving left' --against {wan}  is another kind of model
 sample        --prompts {blank}                                    row 3 has no prompt
-sample        --compare {empty}                                    config.json cannot be read as JSON
-sample        --compare {nothing}                                  takes runs that have win rates
+sample        --compare {empty}                                    eval.json cannot be read as JSON
+sample        --compare {nothing}                                  takes runs with win rates
 sample        --compare {won} --x rg_scale --y win_rate/XQ         cannot be drawn: 'XQ'
 sample        --compare {won} --x nrg                              could not convert
 sample        --compare {won} --out drawn                          draws one .webp
@@ -1609,7 +1763,7 @@ sample        --model {vae} {draw}                                 git lfs pull
 sample        --model {transformer} {draw}                         git lfs pull
 sample        --model {half} {draw}                                has 2 missing tensors
 sample        --model {wan}/{dit} {draw}                           is a file
-sample        --model {wan} {draw} --lora {empty}                  is a folder
+sample        --model {wan} {draw} --lora {empty}                  cannot be read as safetensors
 train_reward  --model {base_pointer} --pairs {prefs}               git lfs pull
 train_reward  --model {qwen25} --pairs {prefs}                     only Qwen2-VL
 reward        --video {clip} --prompt p --ckpt {released}/checkpoint-30  above checkpoint-<step>/
@@ -1651,7 +1805,7 @@ def test_what_the_user_can_mend_ends_in_one_line_and_status_2(script, spoiled, m
     before = sorted(root.rglob("*"))
     for line, says in rows:
         words = shlex.split(line)
-        assert says in refusal(*entry(script, words), words, capsys), line
+        assert says in refusal(script.main, script.Args, words, capsys), line
         assert sorted(root.rglob("*")) == before, line
 
 def test_damaged_files_are_read_or_refused_in_one_line(runs, tmp_path, n=12, seed=0):
@@ -1747,21 +1901,36 @@ def test_a_person_labels_pairs_in_a_browser_and_training_reads_what_was_saved(tm
         assert page.locator("#results").is_visible() and page.locator("#wins").inner_text().count("%") >= 2
         with page.expect_download() as download:
             page.locator("#save").click()
-        download.value.save_as(tmp_path / "elsewhere/pairs.csv")
+        download.value.save_as(tmp_path / "labels.csv")                           # beside the page
         browser.close()
     assert shown == prompts and not faults
-    pairs = data.read_pairs(tmp_path / "elsewhere/pairs.csv")
+    pairs = data.read_pairs(tmp_path / "labels.csv")
     assert pairs.prompts == [prompts[0], prompts[1], prompts[3]]
     assert [path.parent.name for path in map(Path, pairs.videos[0])] == ["a", "b"]
     turn = [-1 if swap else 1 for swap in swapped]
     assert pairs.label[:, :3].nan_to_num(9).tolist() == [[turn[0], -turn[0], 0], [-turn[1], 9, 9], [0, 9, 9]]
 
 
+def test_saved_labels_name_their_files_from_the_page_wherever_it_is_opened(tmp_path):
+    if shutil.which("node") is None:
+        pytest.skip("needs node")
+    names = ["a cat-0.mp4", "a/50% off #1 'now' \u65e5\u672c-0.mp4"]
+    write_clips(tmp_path, names)
+    data.label_page(tmp_path / "label.html", [("a cat", *(tmp_path / name for name in names))])
+    page = (tmp_path / "label.html").read_text(encoding="utf-8")
+    code = re.search(r"function path\(.*?\n}\n", page, re.S)[0]
+    [pair] = json.loads(re.search('json">(.*?)</script>', page)[1])["pairs"]
+    for place, there in (("http://gpu:8000/", ""), ("file:///home/", ""), ("file://nas/share/", "//nas/share/")):
+        script = (f"const location = {{ href: '{place}label.html' }};\n{code}"
+                  f"console.log(JSON.stringify({json.dumps(pair['videos'])}.map(path)))")
+        out = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True).stdout
+        assert json.loads(out) == [there + name for name in names]
+
 def test_samples_get_a_labelling_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(HERE)
     prompt = PROMPTS[0]
     shared = dict(prompt=[prompt], steps=1, cfg=1.0)
-    sample.main(sample.Args(n_per_prompt=5, out=str(tmp_path / "many"), **shared))
+    sample.main(sample.Args(n_per_prompt=4, out=str(tmp_path / "many"), **shared))
     sample.main(sample.Args(against="assets/base", out=str(tmp_path / "two"), **shared))
     many, two = (json.loads(re.search('json">(.*?)</script>', (tmp_path / name / "label.html").read_text())[1])
                  for name in ("many", "two"))
@@ -1838,11 +2007,6 @@ def timeless_log(run):
     """The events in a run's log without the clock."""
     return [{k: v for k, v in event.items() if k not in ("time", "seconds")} for event in data.read_log(run)]
 
-def entry(script, words):
-    """(main, Args) of a script for these words of its command line."""
-    compares = script is sample and "--compare" in words
-    return (sample.compare, sample.Compare) if compares else (script.main, script.Args)
-
 def page_commands():
     """The words after `python` in the pages' commands, by a shell that follows loops and runs nothing."""
     pages = (HERE / "README.md").read_text() + (HERE / "assets/results.md").read_text()
@@ -1868,8 +2032,8 @@ def read_pairs(folder, *lines):
     return data.read_pairs(folder / "pairs.csv")
 
 def film(path, frames, ms=range(0, 4000, 40), aspect=1, cover=False, rate=25):
-    """A video file of frames (T, H, W, 3), shown at these ms and said to be of this rate; its pixels are aspect
-    times as wide as high; before it a cover picture.
+    """A video file of frames (T, H, W, 3), shown at these ms and said to be of this rate; its pixels are
+    aspect times as wide as high; before it a cover picture.
     """
     import av
     with av.open(str(path), "w") as container:
@@ -1937,7 +2101,7 @@ def align(runs, out, **changes):
 
 def job(name, runs, out, **changes):
     """(script, its arguments) of a few steps of this kind into out."""
-    drawn = dict(ckpt=f"{runs}/base", nrg=f"{runs}/noisy")
+    drawn = dict(ckpt=[f"{runs}/base"], nrg=f"{runs}/noisy")
     measured = train_reward.Args(model=f"{runs}/base", depth=1, lr=3e-3, n_pairs=8, n_eval=12)
     script, args = {
         "dpo": (train_align, align_args(runs, n_pairs=8)),
@@ -2094,7 +2258,7 @@ def theirs(tensors, layout=""):
         return "base_model.model." + key.replace("qwen.", "model.")
     return {name(key): value for key, value in tensors.items()}
 
-def released_reward(qwen, dtype=None):
+def released_reward(qwen, dtype=torch.float32):
     released, template = (qwen[0] / name for name in ("released", "prompt_template.py"))
     return reward.VideoReward.from_pretrained(released, template=template, dtype=dtype)
 
@@ -2215,222 +2379,214 @@ def kept_for_backward(m, call):
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.x):
         return call(), most[0]
 
+# ---- on a GPU ----
+# There the same files give in 16 bit what they give on a CPU. python test_all.py --gpu runs these tests too.
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+@on_gpu
+@pytest.mark.parametrize("name, expert", [("2.1", None), ("a14b", "high"), ("a14b", "low")])
+def test_a_gpu_trains_wan_as_a_cpu_does(name, expert, wans, tmp_path, monkeypatch):
+    args = wan_args(wans[name], "", expert=expert, dtype="bf16", beta=10.0, steps=4, checkpointing=True,
+                    compile=expert is None, cache=f"{tmp_path}/cache", out=f"{tmp_path}/gpu")
+    train_align.main(replace(args, steps=2))
+    train_align.main(replace(args, resume=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        train_align.main(replace(args, compile=False, cache=f"{tmp_path}/cpu-cache", out=f"{tmp_path}/cpu"))
+    for key, rounding in {"loss": 0.01, "err_ref_w": 0.005, "grad_norm": 0.2}.items():
+        gpu, cpu = ([event[key] for event in data.read_log(tmp_path / run)] for run in ("gpu", "cpu"))
+        assert gpu == pytest.approx(cpu, rel=rounding), key
+
+@on_gpu
+def test_a_gpu_draws_from_a_second_round_under_a_noisy_reward(wan, tmp_path):
+    args = wan_args(wan, "", dtype="bf16", compile=False, steps=1, out=f"{tmp_path}/one")
+    train_align.main(replace(args))
+    train_align.main(replace(args, model=args.out, out=f"{tmp_path}/two"))
+    train_reward.main(noisy_args(wan, f"{tmp_path}/noisy", steps=1))
+    sample.main(sample.Args(ckpt=f"{tmp_path}/two", nrg=f"{tmp_path}/noisy", prompt=["a cat"], steps=2,
+                            out=f"{tmp_path}/drawn", **CLIP))
+    assert data.video_info(tmp_path / "drawn/000.mp4")[0] == 5
+
+@on_gpu
+def test_a_gpu_draws_with_both_experts_and_scores_videos_as_a_cpu_does(wans, qwen, tmp_path):
+    sample.main(sample.Args(model=str(wans["a14b"]), prompt=["a cat"], n_per_prompt=2, steps=2, **CLIP,
+                            reward=f"{qwen[0]}/released", template=f"{qwen[0]}/prompt_template.py",
+                            out=f"{tmp_path}/drawn"))
+    assert len(data.read_pairs(tmp_path / "drawn/pairs.csv").prompts) == 1
+    own = released_reward(qwen, torch.bfloat16)
+    cpu, gpu = raw_scores(qwen, own), raw_scores(qwen, own.to("cuda")).cpu()
+    assert torch.allclose(gpu, cpu, atol=0.3)
+
 # ---- bench ----
-# How fast it is, beside diffusers: python test_all.py --bench
+# How fast it is beside diffusers: python test_all.py --bench; and all that a GPU alone can tell: --gpu.
+
+SMALL = model_file.Config(dim=384, ffn_dim=2240, text_dim=512, num_heads=3, num_layers=4)
+SHAPES = {                                  # a model's sizes; frames, height and width of its videos
+    "tiny": (model_file.Config(dim=96, ffn_dim=192, text_dim=32, num_heads=2, num_layers=2), 5, 64, 64),
+    "small": (SMALL, 13, 256, 256), "wan-14b": (PRESETS["wan-14b"], 33, 480, 832),
+    "wan-1.3b": (PRESETS["wan-1.3b"], 33, 480, 832), "wan-1.3b-81": (PRESETS["wan-1.3b"], 81, 480, 832)}
+# Passes of a video through (linear maps, attention): a backward pass is two of attention and, with LoRA, one.
+PASSES = {"forward": (1, 1), "sft": (1 + 1, 1 + 2), "dpo": (2 * (1 + 1 + 1), 2 * (1 + 1 + 2))}
 
 @dataclass
 class Bench:
-    """Time a forward pass, a training step of all weights and a Flow-DPO step (LoRA) beside diffusers' Wan.
-
-    All take turns in one process. The DPO step around diffusers is the usual one: adapters by peft, the
-    reference is the model with them off, winner and loser go through it one after the other.
-    """
-    preset: Literal["small", "toy", "wan-1.3b", "wan-14b"] = "small"  # small: Wan for two CPU cores
-    frames: int = 13                        # of each video; Wan's are 4k + 1
-    size: data.Numbers = (256, 256)            # height and width of each video
-    batch: int = 1                          # videos; pairs in the DPO step
+    """Time our Wan beside diffusers' with peft: a forward pass, and LoRA's gradient of SFT and Flow-DPO."""
+    preset: Literal[*SHAPES] | None = None  # see SHAPES; unset: small, and with --gpu Wan's
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the linear maps
-    compile: bool = True                    # measure with compiled blocks too
-    checkpointing: bool = False             # activation checkpointing, each in its own way
-    lora_rank: int = 64                     # of the DPO step
-    steps: list = ("forward", "train", "dpo")  # which to measure
-    rounds: int = 7                         # turns of each after two to warm up; medians are shown
-    profile: bool = False                   # print which operations each eager step's time goes to
+    checkpointing: bool = False             # activation checkpointing; what it computes again is not counted
+    rounds: data.Count = 7                  # turns of each, after one to compile; medians are shown
+    minutes: float = 10.0                   # --gpu, which sets the others: what may take longer is not begun
 
-SMALL = model_file.Config(dim=384, ffn_dim=2240, text_dim=512, num_heads=3, num_layers=4)  # as 1.3B
-# Of (linear maps, attention). A backward pass costs its forward pass twice, for inputs and for weights,
-# which LoRA's frozen ones do not need. DPO: two videos through the policy, there and back, and through the
-# reference. What is computed again because of checkpointing does not count.
-PASSES = {"forward": (1, 1), "train": (3, 3), "dpo": (2 * (2 + 1), 2 * (3 + 1))}
-
-def flops(c, shape, words):
-    """(linear maps, attention) of one video's forward pass, a multiply-add being two; no norms and such."""
-    D, patch, S = c.dim, c.in_dim * math.prod(c.patch_size), words
-    L = math.prod(shape) // patch
-    outside = 4 * L * D * patch + 2 * S * D * (c.text_dim + D)                  # patches in and out; the text
-    block = 2 * D * (6 * L * D + 2 * S * D + 2 * L * c.ffn_dim)               # q k v o; q o, text's k v; ffn
-    return outside + c.num_layers * block, c.num_layers * 4 * L * (L + S) * D   # scores, sums they weigh
-
-def contender(args, step, who, compiled, weights, config, batch):
-    """(the model, function of no arguments that does the step, bytes held between steps) of who: ours, ours
-    decoupled, diffusers, or that with cuDNN's attention. Weights are shared by all.
-    """
-    (x0, t, text, eps), dpo, dtype, ours = batch, step == "dpo", DTYPES[args.dtype], "ours" in who
+def contender(args, step, who, mode, batch):
+    """(model at random weights, function that takes a step) of "ours", "ours, decoupled" or "diffusers"."""
+    (x0, text, t, eps), ours, c, dtype = batch, who != "diffusers", SHAPES[args.preset][0], DTYPES[args.dtype]
     with x0.device:
-        m = VideoDiT(config) if ours else diffusers.WanTransformer3DModel.from_config(config.to_diffusers())
-    if not ours:                                                              # fp32 where its loader keeps it
-        fp32, weights = m._keep_in_fp32_modules, {model_file.to_diffusers(k): v for k, v in weights.items()}
-        weights = {k: v if any(part in k for part in fp32) else v.to(dtype) for k, v in weights.items()}
-    m.load_state_dict(weights, assign=True)
-    m.train().requires_grad_(not dpo)
-    if dpo and ours:
-        add_lora(m, args.lora_rank, 2.0 * args.lora_rank)
-    elif dpo:
-        from peft import LoraConfig
-        m.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
-                                 target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    if "cuDNN" in who:
-        m.set_attention_backend("_native_cudnn")
+        m = VideoDiT(c) if ours else diffusers.WanTransformer3DModel.from_config(c.to_diffusers())
+    for name, p in m.named_parameters():                                        # zeros would be too easy
+        wide = ours and any(part in name for part in model_file.FP32_ISLANDS)
+        p.data = torch.nn.init.normal_(p.data, std=0.02).to(torch.float32 if wide else dtype)
     for block in m.blocks if ours else []:
         block.checkpointing = args.checkpointing
     if args.checkpointing and not ours:
         m.enable_gradient_checkpointing()
-    if compiled:
+    if args.dtype == "bf16" and x0.is_cuda and not ours:                        # cuDNN's takes 16 bit alone
+        m.set_attention_backend("_native_cudnn")
+    if mode == "compiled":
         m.compile_blocks() if ours else m.compile_repeated_blocks(dynamic=False)
-    optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-6, fused=True)
-
+    if step != "forward" and ours:
+        add_lora(m, 64, 128.0)
+    elif step != "forward":
+        from peft import LoraConfig, get_peft_model
+        m = get_peft_model(m, LoraConfig(r=64, lora_alpha=128, target_modules=r".*\.to_([qkv]|out\.0)"))
     def velocity(xt, t, text):
-        return m(xt, t, text) if ours else velocity_of(m, xt.to(dtype), t, text.to(dtype))
-
-    @contextlib.contextmanager
-    def adapters_off():
-        m.disable_adapters()
-        yield
-        m.enable_adapters()
-
-    def errors():
-        """Errors of winner and loser: ours in one batch, the usual recipe one after the other."""
-        if ours:
-            return train_align.velocity_errors(m, x0, text, t, eps).unbind(1)
-        return [velocity_error(velocity(mix(x, eps, t), t, text), eps - x) for x in x0.unbind(1)]
-
+        videos = zip(xt.to(dtype).split(1), t.split(1), text.to(dtype).split(1))  # the usual recipe: in turn
+        return m(xt, t, text) if ours else torch.cat([velocity_of(m, *video) for video in videos])
     def run():
-        if step == "forward":
-            with torch.no_grad():
-                return velocity(mix(x0[:, 0], eps, t), t, text)
-        if dpo:
-            with torch.no_grad(), lora_disabled(m) if ours else adapters_off():
-                err_ref = errors()
-            pairs = train_align.error_pairs(m, x0, text, t, eps, "decoupled" in who) if ours else [errors()]
-            for err in pairs:
-                flow_dpo(*err, *err_ref, 500.0).mean().backward()
+        if step == "dpo":
+            with torch.no_grad(), lora_disabled(m) if ours else m.disable_adapter():
+                reference = train_align.velocity_errors(velocity, x0, text, t, eps).unbind(1)
+            apart, batch = who == "ours, decoupled", (velocity, x0, text, t, eps)
+            both = [] if apart else [train_align.velocity_errors(*batch).unbind(1)]
+            for pair in both or train_align.error_pairs(*batch):
+                flow_dpo(*pair, *reference, 500.0).backward()
         else:
-            velocity_error(velocity(mix(x0[:, 0], eps, t), t, text), eps - x0[:, 0]).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    moments = 2 * (step != "forward")
-    return m, run, sum(p.nbytes * (1 + moments * p.requires_grad) for p in m.parameters())
+            with torch.set_grad_enabled(step == "sft"):
+                error = train_align.velocity_errors(velocity, x0[:, :1], text, t, eps)
+            if step == "sft":
+                error.backward()
+    return m, run
 
-def take_turns(functions, rounds, device):
-    """Seconds (rounds, n) of n functions that take turns, and the most bytes that each added on a GPU (n).
-    Every other turn goes backwards, so that none always runs in what the same other one left in the caches.
-    """
-    cuda, added, seconds = device == "cuda", [0] * len(functions), np.zeros((rounds + 2, len(functions)))
-    for turn in range(rounds + 2):                                            # two to compile and to warm up
-        for i, function in list(enumerate(functions))[::1 - 2 * (turn % 2)]:
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-                torch.cuda.synchronize()
-            before, tic = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter()
-            function()
-            if cuda:
-                torch.cuda.synchronize()
-                added[i] = torch.cuda.max_memory_allocated() - before
-            seconds[turn, i] = time.perf_counter() - tic
-    return seconds[2:], added
+def timed(call):
+    """(seconds of a call, the most bytes that it added on a GPU)."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before, tic = torch.cuda.memory_allocated(), time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - tic, torch.cuda.max_memory_allocated() - before
 
-def attention_times(config, tokens):
-    """A line of the milliseconds that bf16 attention takes on a GPU, there and back, on a video's tokens."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    shape = 1, config.num_heads, tokens, config.dim // config.num_heads
-    q, found = torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True), {}
+def measure(args, step, whose=("ours", "diffusers"), modes=("eager", "compiled"), cudnn=True):
+    """Rows {column: value} of a step by each of whose in each mode, and of a matmul among them."""
+    device, (c, frames, *size) = "cuda" if torch.cuda.is_available() else "cpu", SHAPES[args.preset]
+    shape, n = (16, (frames - 1) // 4 + 1, *(x // 8 for x in size)), 8192 if "wan" in args.preset else 2048
+    if step != "forward" and "diffusers" in whose and not importlib.util.find_spec("peft"):
+        print(f"The {step} step of diffusers needs `pip install peft` and is left out.")
+        whose = ["ours"]
+    torch.compiler.reset()                                                      # its limit is eight variants
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    with torch.device(device):
+        batch = [torch.randn(1, *x) for x in ((2, *shape), (512, c.text_dim), (), shape)]
+        a, b = torch.randn(2, n, n, dtype=DTYPES[args.dtype])
+    names = [(who, mode) for mode in modes for who in whose]
+    models, runs = zip(*[contender(args, step, *name, batch) for name in names])
+    turns = np.array([[timed(run) for run in (*runs, lambda: a @ b)] for _ in range(args.rounds + 1)])
+    seconds, added = np.median(turns[1:, :, 0], axis=0), turns[-1, :, 1]
+    D, L, S = c.dim, math.prod(shape) // 64, 512                              # tokens, and words of a prompt
+    linear = 2 * D * (6 * L * D + 2 * S * D + 2 * L * c.ffn_dim)              # q k v o; q o, text's k v; ffn
+    work = c.num_layers * np.dot(PASSES[step], (linear, 4 * L * (L + S) * D))  # a multiply-add is two
+    rows, rate = [], 2 * n**3 / seconds[-1]
+    for (who, mode), m, run, s, more in zip(names, models, runs, seconds, added):
+        rows.append({"model": f"{who}, {mode}", "s": round(s, 4), "TFLOP/s": round(work / s / 1e12, 4),
+                     "of matmul": round(work / s / rate, 3)})
+        if device == "cuda":
+            rows[-1]["peak GB"] = round((sum(p.nbytes for p in m.parameters()) + more) / 1e9, 3)
+        if mode == "eager" and step != "forward" and not args.checkpointing:
+            rows[-1]["MB kept for backward"] = round(kept_for_backward(m, run)[1] / 1e6, 1)
+        if device == "cuda" and step == "sft":
+            with torch.profiler.profile() as seen:
+                timed(run)
+            kernels = [e.key for e in seen.key_averages() if re.search("scaled_dot|sdpa|fmha|flash", e.key)]
+            rows[-1]["attention"] = ", ".join(kernel[:70] for kernel in kernels)
+    return [*rows, {"model": f"matmul {n}", "s": round(seconds[-1], 6), "TFLOP/s": round(rate / 1e12, 4)}]
 
-    def attend():
-        with sdpa_kernel(kinds):
-            torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(q, q, q).sum(), q)
-    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    for name, kinds in (("flash", [flash]), ("cuDNN", [cudnn]), ("PyTorch's choice", [flash, cudnn])):
-        with contextlib.suppress(RuntimeError):                                 # this machine hasn't got it
-            found[name] = 1000 * np.median(take_turns([attend], 5, "cuda")[0])
-    return "Attention, ms: " + ", ".join(f"{name} {ms:.1f}" for name, ms in found.items())
+def show(title, rows):
+    """Print rows {column: value} as a Markdown table, lists left out."""
+    head = list(dict.fromkeys(k for row in rows for k, x in row.items() if not isinstance(x, list)))
+    table = data.markdown(head, [[row.get(column, "") for column in head] for row in rows])
+    print(f"\n{title}\n\n{table}", flush=True)
 
 def bench(args):
-    """Print a Markdown table of each of args.steps, then what the data path does in a second."""
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[args.dtype]
-    toy, peft = args.preset == "toy", importlib.util.find_spec("peft")
-    config = SMALL if args.preset == "small" else PRESETS[args.preset]
-    shape = (16, (args.frames - 1) // 4 + 1, *(x // 8 for x in args.size))
-    shape = (3, args.frames, *args.size) if toy else shape
-    words, n = data.TEXT_LEN if toy else data.WAN_TEXT_LEN, 8192 if device == "cuda" else 2048
-    torch.manual_seed(0)
-    with torch.device(device):
-        weights = VideoDiT(config).state_dict()
-        batch = (torch.randn(args.batch, 2, *shape), torch.rand(args.batch),
-                 torch.randn(args.batch, words, config.text_dim), torch.randn(args.batch, *shape))
-        a, b = torch.randn(2, n, n, dtype=dtype)
-    tokens = args.batch * math.prod(shape) // (config.in_dim * math.prod(config.patch_size))
-    if device == "cuda":
-        print(attention_times(config, tokens // args.batch), end="\n\n")
-    weights = {k: v if any(part in k for part in model_file.FP32_ISLANDS) else v.to(dtype)
-               for k, v in weights.items()}
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.preset}, {args.frames} frames of {args.size[0]} x {args.size[1]}, {tokens:,} tokens, "
-          f"{args.dtype}, {where}, torch {torch.__version__}, diffusers {diffusers.__version__}; medians of "
-          f"{args.rounds} turns")
-    for step in args.steps:
-        if step == "dpo" and not peft:
-            print("\nThe DPO step of diffusers needs `pip install peft`.")
-        whose = ["ours", "diffusers", "diffusers, cuDNN"][:3 if device == "cuda" else 2]
-        whose = whose[:1] if step == "dpo" and not peft else whose
-        names = [(who, compiled) for compiled in (False, True)[:1 + args.compile] for who in whose]
-        _, runs, held = zip(*[contender(args, step, who, compiled, weights, config, batch)
-                              for who, compiled in names])
-        seconds, added = take_turns([*runs, lambda: a @ b], args.rounds, device)
-        median, seen, rows = np.median(seconds, axis=0), tokens * (2 if step == "dpo" else 1), []
-        matmul = 2e-12 * n**3 / median[-1]
-        work = 1e-12 * args.batch * np.dot(PASSES[step], flops(config, shape, words))
-        for i, (who, compiled) in enumerate(names):
-            ratios = [f"{np.median(seconds[:, i] / seconds[:, names.index(other)]):.2f}" if other in names
-                      else "" for other in (("diffusers", False), ("diffusers", True))]
-            memory = f"{(held[i] + added[i]) / 1e9:.1f}" if device == "cuda" else ""
-            rows.append([step, who + ", compiled" * compiled, f"{median[i]:.3f}", memory,
-                         f"{seen / median[i]:,.0f}", f"{work / median[i]:.3g}",
-                         f"{work / median[i] / matmul:.0%}", *ratios])
-        head = "step,model,s,GB,tokens/s,TFLOP/s,of matmul,time / diffusers,time / compiled diffusers"
-        print("", data.markdown(head.split(","), rows), sep="\n", flush=True)
-        print(f"\nA matmul of {n} x {n}, which took turns with them, ran at {matmul:.3g} TFLOP/s.")
-        for (who, compiled), run in zip(names, runs):
-            if args.profile and not compiled:
-                with torch.profiler.profile() as profiler:
-                    run()
-                spent = f"self_{'device' if device == 'cuda' else 'cpu'}_time_total"
-                print(f"\n{who}:", profiler.key_averages().table(spent, row_limit=8), sep="\n")
-        del runs
-        torch.compiler.reset()
-        if step == "dpo" and peft:
-            print_kept(args, weights, config, batch)
-    bench_data(args, device)
+    """Print a table of each step."""
+    args.preset = args.preset or "small"
+    for step in PASSES:
+        show(f"{step}: {args.preset}, {args.dtype}, torch {torch.__version__}", measure(args, step))
 
-def print_kept(args, weights, config, batch):
-    """Print what an eager DPO step of each keeps for its backward pass."""
-    most = {}
-    for who in ("ours", "ours, decoupled", "diffusers"):
-        m, run, _ = contender(args, "dpo", who, False, weights, config, batch)
-        most[who] = kept_for_backward(m, run)[1]
-        del m, run
-    print("\nKept for the backward pass of a DPO step, eager: " + ", ".join(
-        f"{who} {x / 1e6:.0f} MB ({x / most['diffusers']:.2f} of diffusers with peft)"
-        for who, x in most.items()))
+def command(*words):
+    """The row of a Python command: its seconds and status, and the last lines that it said, also printed."""
+    tic = time.time()
+    end = subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, text=True, timeout=200)
+    said = (end.stdout + end.stderr * bool(end.returncode)).splitlines()[-15:]
+    print("", *said, sep="\n")
+    return [{"s": round(time.time() - tic, 1), "status": str(end.returncode), "said": said}]
 
-def bench_data(args, device):
-    """Print how fast pairs of Shapes world are drawn and judged, and videos are decoded and encoded."""
-    def rate(function, n=1):
-        return n / np.median(take_turns([function], 3, device)[0])
-    print(f"\nShapes world: {rate(lambda: data.toy_pairs(64, 'train', 0), 64):.0f} pairs/s.", end="")
-    if args.preset != "toy":
-        with tempfile.TemporaryDirectory() as folder:
-            noise = torch.rand(3, 6, *args.size).mul(2).sub(1).repeat_interleave(-(-args.frames // 6), 1)
-            data.write_video(f"{folder}/a.mp4", noise, data.WAN_FPS)
-            clip = data.read_clip(f"{folder}/a.mp4", args.frames, args.size)
-            decode = rate(lambda: data.read_clip(f"{folder}/a.mp4", args.frames, args.size))
-        vae = diffusers.AutoencoderKLWan().to(device).eval().requires_grad_(False)  # of Wan 2.1's size
-        encode = rate(lambda: vae.encode(clip[None].to(device)))
-        print(f" Videos of {args.frames} frames: {decode:.2f}/s decoded and scaled, "
-              f"{encode:.3f}/s through the autoencoder.", end="")
-    print()
+def autoencoder(preset):
+    """The row of one video through Wan's autoencoder at random weights, in fp32."""
+    frames, *size = SHAPES[preset][1:]
+    vae = diffusers.AutoencoderKLWan(base_dim=8 if preset == "tiny" else 96).cuda().requires_grad_(False)
+    video = torch.rand(1, 3, frames, *size, device="cuda")
+    z = vae.encode(video).latent_dist.mode()                                    # which warms up
+    encode, decode = timed(lambda: vae.encode(video))[0], timed(lambda: vae.decode(z))[0]
+    return [{"encode, s": round(encode, 3), "decode, s": round(decode, 3)}]
+
+def gpu(args):
+    """Print each part, or its error, and keep it in gpu.json. A preset is the shape of all: a rehearsal."""
+    if not torch.cuda.is_available():
+        raise UserError("--gpu needs a GPU, and PyTorch sees none")
+    def steps(name, step, rounds, **settings):
+        return partial(measure, Bench(args.preset or name, "bf16", True, rounds), step, **settings)
+    driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
+    found = {"machine": [{"GPU": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
+                          "cuDNN": torch.backends.cudnn.version(), "diffusers": diffusers.__version__}]}
+    show("machine", found["machine"])
+    folder, start, eager = tempfile.mkdtemp(), time.time(), dict(whose=["ours"], modes=["eager"])
+    paths = f"--cache {folder} --out {folder}/run".split()
+    short = "--n_pairs 24 --steps 2 --eval_n 4 --eval_steps 2".split() if args.preset else []
+    parts = [
+        ("attention as PyTorch chooses", 20, steps("wan-1.3b", "sft", 3, **eager)),
+        ("attention without cuDNN's", 20, steps("wan-1.3b", "sft", 3, cudnn=False, **eager)),
+        ("it works", 150, partial(command, "-m", "pytest", "test_all.py", "-q", "-k", "test_a_gpu", "-rpfE")),
+        *[(f"{name}, {step}", 120, steps(name, step, rounds)) for name, rounds in (
+            ("wan-1.3b", 3), ("wan-1.3b-81", 1)) for step in ("dpo", "sft", "forward")],
+        *[(f"wan-14b, dpo, {who}", 90, steps("wan-14b", "dpo", 1, whose=[who], modes=["compiled"]))
+          for who in ("ours", "ours, decoupled")],
+        ("autoencoder", 60, partial(autoencoder, args.preset or "wan-1.3b-81")),
+        ("main job", 60, partial(command, "train_align.py", *paths, *short))]
+    for name, seconds, part in parts:
+        try:
+            if time.time() - start + seconds > 60 * args.minutes:
+                raise UserError("not begun, as too few minutes are left")
+            found[name] = part()
+        except Exception as e:
+            found[name] = [{"error": f"{type(e).__name__}: {str(e)[:300]}"}]
+        show(name, found[name])
+        data.write_json("gpu.json", found)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 if __name__ == "__main__":
-    if "--bench" in sys.argv:
-        words = [word for word in sys.argv[1:] if word != "--bench"]
-        raise SystemExit(bench(data.parse_args(Bench, Bench.__doc__, words)))
+    if sys.argv[1:2] in (["--bench"], ["--gpu"]):
+        raise SystemExit(data.launch(bench if sys.argv.pop(1) == "--bench" else gpu, Bench, Bench.__doc__))
     raise SystemExit(pytest.main([__file__, "-q"]))

@@ -195,7 +195,8 @@ def new_reward(args, kind, device):
     if kind_of_reward(args.model):
         reward = load_reward(args.model, args.base, args.template)
     elif kind == "files":
-        reward = VideoReward.from_base(args.model, args.template)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32           # of what is not trained
+        reward = VideoReward.from_base(args.model, args.template, dtype)
     else:
         model, depth = merge_lora(load_model(args.model)), args.depth or DEPTH[kind]
         if depth > model.config.num_layers:
@@ -210,14 +211,13 @@ def new_reward(args, kind, device):
     return reward.requires_grad_(True).to(device)
 
 
-def train(args, kind, device):
+def train(args, kind, run, device):
     """Train, normalise on validation prompts, evaluate on held-out ones; returns what eval.json holds."""
     world = None if kind == "files" else world_of(args.model, device, args.base)
     if kind == "wan":
         world.latent_shape(args.frames, args.size)
     pairs = read_files(args, world) if args.pairs else None                     # files are refused first
     reward = new_reward(args, kind, device)
-    run = Run(args, device)
     if args.pairs:
         val = pairs = world.encode(pairs, args) if world else pairs
         train_rows, val_rows = split_prompts(args, pairs)                       # without the bad ones
@@ -292,7 +292,7 @@ def evaluate_toy(args, reward):
     return result
 
 
-def benchmark(args, kind, device):
+def benchmark(args, kind, run, device):
     """Measure a reward on a pairs file, VideoReward beside the paper's row; returns what eval.json holds."""
     world = Shapes() if kind == "shapes" else None
     pairs = world.encode(read_files(args, world), args) if world else read_files(args, None)
@@ -304,10 +304,9 @@ def benchmark(args, kind, device):
     paper = {dim: dict(zip(("without", "with"), pair)) for dim, pair in PAPER[table].items()}
     rows = result if world else {**result, f"the paper's, {table}": paper}
     print_accuracies({name: [row] for name, row in rows.items()})
-    folder = Run(args, device).folder
-    write_json(folder / "eval.json", {"n": len(pairs), **result})
+    write_json(run.folder / "eval.json", {"n": len(pairs), **result})
     if not world:                                                               # the toy's are in memory
-        write_scores(folder / "pairs.csv", pairs, r)
+        write_scores(run.folder / "pairs.csv", pairs, r)
     return result
 
 
@@ -327,7 +326,8 @@ def write_scores(path, pairs, r):
 def main(args):
     """Train a reward, or with args.eval measure one; returns what eval.json holds."""
     kind, device = check_args(args), "cuda" if torch.cuda.is_available() else "cpu"
-    return benchmark(args, kind, device) if args.eval else train(args, kind, device)
+    with Run(args, device) as run:
+        return benchmark(args, kind, run, device) if args.eval else train(args, kind, run, device)
 
 
 if __name__ == "__main__":
