@@ -1,12 +1,11 @@
-"""Video reward models: (latents or pixels, prompt) to scores (B, 3) for VQ, MQ, TA, and the accuracies that
-judge them.
+"""Video reward models: (latents or pixels, prompt) to scores (B, 3) for VQ, MQ, TA, and their accuracies.
 
     python reward.py                                                      the toy reward beside the oracle
     python reward.py --video a.mp4 --prompt "a red circle moving left"    the scores of a video
     python reward.py --video a.mp4 --prompt "a dog" --ckpt KwaiVGI/VideoReward --template prompt_template.py
 
 VideoReward is the paper's reward model (Sec. 3): Qwen2-VL reads the video, a rubric and the prompt, and a
-linear map turns what it thinks at three special tokens into VQ, MQ and TA. LatentReward is the noisy-latent
+linear head turns its states at three special tokens into VQ, MQ and TA. LatentReward is the noisy-latent
 reward (Sec. 4.4, Table 11): the first few blocks of the video DiT and a head with three outputs, told the
 time t. Trained at t = 0 it is the labeller of the toy world; trained at all t it guides sampling. Scores are
 z-normalised on a validation set: 0 is an average video, negative is below average, not wrong.
@@ -274,8 +273,7 @@ class VideoReward(nn.Module):
             self.register_buffer(name, torch.tensor(settings[name]), persistent=False)
 
     def inputs(self, paths, prompts):
-        """What forward takes: token ids and mask (B, L), padded right, patches (N, 1176) of all videos, grids
-        (B, 3).
+        """Ids and mask (B, L), padded right, patches (N, 1176) of all videos and grids (B, 3), for forward.
 
         UserError names a video that can't be scored, or a prompt with a special token in it.
         """
@@ -334,11 +332,10 @@ class VideoReward(nn.Module):
         return self.score(files, prompts)
 
     def trainable(self, seed=0):
-        """Make trainable what the paper trains, in fp32, since steps of 2e-6 vanish in bf16: all of the
-        vision tower and merger, LoRA on the language model's linear layers, the head and the three embedding
-        rows.
+        """Make trainable what the paper trains: all of the vision tower and merger, LoRA on the language
+        model's linear layers, the head and the three embedding rows. Returns the model, in training mode.
 
-        The rest keeps its dtype. Returns the model in training mode, with activation checkpointing.
+        All of that is in fp32, since steps of 2e-6 vanish in bf16; the rest keeps its dtype.
         """
         self.requires_grad_(True)
         rank, alpha = self.settings["lora_r"], self.settings["lora_alpha"]
@@ -358,8 +355,9 @@ class VideoReward(nn.Module):
         self.tokenizer.save_pretrained(folder / "base")
 
     def load(self, tensors, source, dtype):
-        """Take these tensors, LoRA merged, as weights: Qwen2-VL in dtype, head and rows in fp32; returns the
-        model. source: their name, for messages.
+        """Take these tensors as weights, LoRA merged, Qwen2-VL in dtype, head and rows in fp32; returns self.
+
+        source: their name, for messages.
         """
         merge_adapters(tensors, self.settings)
         if len(tensors.get(EMBEDDING, ())) == len(self.tokenizer):
@@ -371,8 +369,7 @@ class VideoReward(nn.Module):
 
     @classmethod
     def from_base(cls, base, template=None, dtype=torch.float32):
-        """An untrained VideoReward on a Qwen2-VL folder or hub repository, in dtype, with a new head and new
-        tokens.
+        """An untrained VideoReward on a Qwen2-VL folder or hub repository in dtype, with new head and tokens.
         """
         settings = SETTINGS | {"template": read_template(template) if template else RUBRIC}
         folder = fetch(base, [*BASE_FILES, "*.safetensors*"])
@@ -386,8 +383,7 @@ class VideoReward(nn.Module):
         """The VideoReward of a folder or hub repository, see find_checkpoint, its LoRA merged, in eval mode.
 
         base: the Qwen2-VL, if not the one that the checkpoint names; template: the file for read_template;
-        dtype: of Qwen2-VL. Its identity is a name for weights, settings and precision, by which cached scores
-        know it.
+        dtype: of Qwen2-VL. By its identity, of weights, settings and dtype, cached scores know it again.
         """
         folder, files = find_checkpoint(checkpoint)
         settings, named = read_settings(folder, template)
@@ -405,6 +401,44 @@ class VideoReward(nn.Module):
         return reward.eval().requires_grad_(False)
 
 
+# ---- how good is a reward? ----
+
+def accuracy_without_ties(label, d):
+    """Share of the pairs labelled +1 or -1 whose difference d = r_A - r_B has that sign, not 0. App. H.3.
+
+    label, d: (n,). Ties and nan labels count nowhere; nan where nothing is left.
+    """
+    decided = (label == 1) | (label == -1)
+    return (d[decided].sign() == label[decided]).float().mean().item()
+
+
+def accuracy_with_ties(label, d):
+    """Share of labels +1, 0, -1 met by a tie where |d| <= threshold, else by the sign of d, at the best one.
+
+    Tie calibration of Deutsch et al. 2023, Alg. 1; App. H.3. label, d: (n,); nan labels count nowhere. Exact:
+    thresholds lie at the ends of groups of equal |d|, and "no ties" is one of them (the authors' script
+    misses it and stops inside groups).
+    """
+    label, d = label[~label.isnan()], d[~label.isnan()].double()
+    if len(label) == 0:
+        return float("nan")
+    size, order = d.abs().sort()
+    label, sign = label[order], d[order].sign()
+    right = (sign == label).sum()                                               # no ties predicted
+    gain = ((label == 0).long() - (sign == label).long()).cumsum(0)        # of calling the smallest ones ties
+    ends = torch.cat([size[1:] > size[:-1], torch.tensor([True])])
+    return (right + gain[ends].max().clamp(min=0)).item() / len(label)
+
+
+def accuracies(label, r):
+    """{"VQ": {"with": .., "without": ..}, ..} of z-scores r (n, 2, 3) of A and B, for the columns VQ, MQ, TA,
+    Overall of label (n, 4) in which any pair is labelled.
+    """
+    d = with_overall(r[:, 0] - r[:, 1])
+    return {dim: {"with": accuracy_with_ties(h, m), "without": accuracy_without_ties(h, m)}
+            for dim, h, m in zip((*DIMS, "Overall"), label.T, d.T) if not h.isnan().all()}
+
+
 # ---- VideoReward: what its files hold ----
 
 EMBEDDING = "qwen.language_model.embed_tokens.weight"
@@ -414,8 +448,8 @@ CHECKPOINT_FILES = ["model_config.json", "checkpoint-*/*.safetensors", "checkpoi
 
 
 def is_qwen(name):
-    """Whether the folder or hub repository of this name is a Qwen2-VL. UserError where there is none, and for
-    another vision-language model.
+    """Whether the folder or hub repository of this name is a Qwen2-VL. UserError where nothing is there, or
+    another model for vision and language.
     """
     config = fetch(name, ["config.json"]) / "config.json"
     kind = read_json(config).get("model_type") if config.is_file() else None
@@ -475,9 +509,7 @@ def read_settings(folder, template):
 
 
 def read_base(base, words):
-    """(config, tokenizer) of a Qwen2-VL; words: the folder of the tokenizer, to which the three tokens are
-    added.
-    """
+    """(config, tokenizer) of a Qwen2-VL: that of the folder words, and the three tokens."""
     from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
     if not is_qwen(base):
         raise UserError(f"{base} is not a Qwen2-VL: its config.json must say so")
@@ -493,10 +525,8 @@ def read_base(base, words):
 
 
 def our_names(tensors):
-    """Tensors under our names: without peft's marks, and from the names of transformers before and after
-    4.52.
-
-    The language model's own head stays behind: no score needs it.
+    """Tensors under our names, without peft's marks and whether transformers was older than 4.52 or not. The
+    language model's own head stays behind, as no score needs it.
     """
     named = {}
     for key, value in tensors.items():
@@ -528,6 +558,8 @@ def merge_adapters(tensors, settings):
             tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() + added
 
 
+# ---- any reward, by its path ----
+
 def kind_of_reward(path):
     """What the reward at path reads, which its files tell: latents of "shapes" or "wan", or "files" of
     videos; None if no finished reward is there.
@@ -557,9 +589,7 @@ def check_reward(path, world, kinds=None, template=None):
 
 
 def load_reward(path, base=None, template=None, device="cpu"):
-    """The reward at path, in fp32 and on the device: a VideoReward, the LatentReward of a run folder, or for
-    "oracle" the truth.
-    """
+    """The reward at path, in fp32 on the device: VideoReward, LatentReward or, for "oracle", the truth."""
     if path == "oracle":
         return Oracle()
     if kind_of_reward(path) == "files":
@@ -579,46 +609,6 @@ def score_videos(reward, paths, prompts, cache):
             save_cached(reward.score([path], [prompt], normalise=False)[0], file)
     all_gather(None)                                                            # every rank's share is there
     return finite(z_scores(reward, torch.stack([load_cached(file) for file in files])), paths)
-
-
-# ---- how good is a reward? ----
-
-def accuracy_without_ties(label, d):
-    """Share of the pairs with label +1 or -1 whose difference d = r_A - r_B has that sign; d = 0 counts as
-    wrong. App. H.3.
-
-    label, d: (n,). Ties and nan labels count nowhere; nan where nothing is left.
-    """
-    decided = (label == 1) | (label == -1)
-    return (d[decided].sign() == label[decided]).float().mean().item()
-
-
-def accuracy_with_ties(label, d):
-    """Best share of labels +1, 0, -1 met by predicting a tie where |d| <= threshold, else the sign of d, over
-    all thresholds.
-
-    Tie calibration of Deutsch et al. 2023, Alg. 1; App. H.3. label, d: (n,); nan labels count nowhere. Exact:
-    thresholds lie at the ends of groups of equal |d|, and "no ties" is one of them (the authors' script
-    misses it and stops inside groups).
-    """
-    label, d = label[~label.isnan()], d[~label.isnan()].double()
-    if len(label) == 0:
-        return float("nan")
-    size, order = d.abs().sort()
-    label, sign = label[order], d[order].sign()
-    right = (sign == label).sum()                                               # no ties predicted
-    gain = ((label == 0).long() - (sign == label).long()).cumsum(0)        # of calling the smallest ones ties
-    ends = torch.cat([size[1:] > size[:-1], torch.tensor([True])])
-    return (right + gain[ends].max().clamp(min=0)).item() / len(label)
-
-
-def accuracies(label, r):
-    """{"VQ": {"with": .., "without": ..}, ..} of z-scores r (n, 2, 3) of A and B, for the columns VQ, MQ, TA,
-    Overall of label (n, 4) in which any pair is labelled.
-    """
-    d = with_overall(r[:, 0] - r[:, 1])
-    return {dim: {"with": accuracy_with_ties(h, m), "without": accuracy_without_ties(h, m)}
-            for dim, h, m in zip((*DIMS, "Overall"), label.T, d.T) if not h.isnan().all()}
 
 
 # ---- the scores of a video, from the command line ----

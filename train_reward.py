@@ -85,11 +85,11 @@ def check_args(args):
     """What the reward reads. Fill unset flags from the recipe, and refuse what contradicts itself."""
     if args.eval:
         check_reward(args.eval, Shapes(), ("shapes", "files"), args.template)
-    earlier = kind_of_reward(args.eval or args.model)                           # None: --model is no reward
-    kind = earlier or ("files" if is_qwen(args.model) else world_of(args.model).name)
-    if earlier and (args.depth or run_args(args.model).get("noisy", False) != args.noisy):
+    from_reward = kind_of_reward(args.eval or args.model)                       # None: --model is no reward
+    kind = from_reward or ("files" if is_qwen(args.model) else world_of(args.model).name)
+    if from_reward and (args.depth or run_args(args.model).get("noisy", False) != args.noisy):
         raise UserError(f"{args.model} is a reward and goes on as it is: no --depth, and --noisy as it was")
-    if not args.pairs and (earlier or kind != "shapes"):
+    if not args.pairs and (from_reward or kind != "shapes"):
         raise UserError("this reward learns and is measured on video files: name their CSV with --pairs")
     if kind == "files" and args.noisy:
         raise UserError("--noisy trains a reward on latents, and a Qwen2-VL reads pixels: leave one out")
@@ -155,8 +155,8 @@ def pair_loss(args, r, target):
 # ---- pairs ----
 
 def read_files(args, world):
-    """The Pairs of args.pairs whose videos can be used, all looked into: with a world, by its autoencoder,
-    else to their end by a VideoReward. UserError where there is nothing to learn from.
+    """The Pairs of args.pairs whose videos can be used: those of a world as it reads them, others are looked
+    into to their end. UserError where there is nothing to learn from.
     """
     if world is None:
         pairs = read_pairs(args.pairs, args.skip_bad)
@@ -270,9 +270,7 @@ def train(args, kind, run, device):
 
 
 def normalise(reward, r):
-    """Make mean and standard deviation of raw scores r (n, 2, 3) its constants. UserError where they are all
-    the same.
-    """
+    """Make mean and deviation of raw scores r (n, 2, 3) its constants. UserError where they don't vary."""
     mean, std = r.flatten(0, 1).mean(0), r.flatten(0, 1).std(0)
     if not (std.isfinite() & (std > 1e-5 * mean.abs())).all():
         raise UserError("scores of the validation videos do not differ or are not finite: label other videos")
@@ -283,9 +281,7 @@ def normalise(reward, r):
 # ---- evaluation ----
 
 def evaluate_toy(args, reward):
-    """Accuracies on held-out prompts at t = 0, and over t for a noisy reward, beside the oracle's on these
-    labels.
-    """
+    """Accuracies on held-out prompts at t = 0, of a noisy reward over t, beside the oracle's: the ceiling."""
     pairs = toy_pairs(args.n_eval, "eval", args.seed)
     rows = {"ceiling": accuracies(pairs.label, normalised(true_scores(pairs)))}
     result = {**rows, "n": args.n_eval, "by_t": {}}
@@ -297,9 +293,7 @@ def evaluate_toy(args, reward):
 
 
 def benchmark(args, kind, run, device):
-    """Measure a trained reward on a pairs file, VideoReward beside the paper's row; returns what eval.json
-    holds.
-    """
+    """Measure a reward on a pairs file, VideoReward beside the paper's row; returns what eval.json holds."""
     world = Shapes() if kind == "shapes" else None
     pairs = world.encode(read_files(args, world), args) if world else read_files(args, None)
     r = load_reward(args.eval, args.base, args.template, device).score_pairs(world, pairs, args.cache)
@@ -317,9 +311,7 @@ def benchmark(args, kind, run, device):
 
 
 def write_scores(path, pairs, r):
-    """Write a CSV of pairs, one a row: videos, prompt, labels, and the z-scores r (n, 2, 3) of A and
-    B.
-    """
+    """Write a CSV of pairs, one a row: videos, prompt, labels and the z-scores r (n, 2, 3) of A and B."""
     names, words = (*DIMS, "Overall"), {1.0: "A", 0.0: "same", -1.0: "B"}
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
