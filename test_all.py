@@ -231,41 +231,35 @@ def lora_metadata(folder, alpha, **changes):
 
 @pytest.mark.parametrize("layout", LORA_LAYOUTS)
 def test_lora_files_of_every_trainer_load_to_the_same_model_and_a_second_one_adds_up(layout, tmp_path):
-    m, batch, tensors = shake_lora(add_lora(random_model(), 2, 4.0)), random_batch(), {}
+    m, batch, tensors, file = shake_lora(add_lora(random_model(), 2, 4.0)), random_batch(), {}, tmp_path / "x"
     prefix, a, b, alpha = LORA_LAYOUTS[layout]
     for name, layer in m.named_modules():
         if isinstance(layer, model_file.LoRALinear):
             name = name.replace(".", "_") if layout == "kohya" else name
-            name = model_file.to_diffusers(name) if layout in ("diffusers", "peft") else name
-            tensors[f"{prefix}{name}.{a}"] = layer.lora_A
-            tensors[f"{prefix}{name}.{b}"] = layer.lora_B if alpha != "B" else 2 * layer.lora_B
-            tensors |= {f"{prefix}{name}.alpha": tensor(4.0)} if alpha == "tensor" else {}
-    file = tmp_path / "x.safetensors"
+            name = prefix + (model_file.to_diffusers(name) if layout in ("diffusers", "peft") else name)
+            tensors |= {f"{name}.{a}": layer.lora_A, f"{name}.{b}": layer.lora_B * (2 if alpha == "B" else 1)}
+            tensors |= {f"{name}.alpha": tensor(4.0)} if alpha == "tensor" else {}
     model_file.save_tensors(tensors, file, lora_metadata(tmp_path, alpha))
     if layout == "ours":
         save_lora(m, file)
         assert_near(weights(file), tensors, 0)
         assert tensors.keys() == LORA_NAMES
-    again = load_lora(random_model(), file)
-    assert torch.allclose(again(*batch), m(*batch), atol=1e-5)
     assert "transformer.blocks.0.attn1.to_out.0.lora_A.weight" in tensors or layout != "diffusers"
-    base, once, twice = random_model()(*batch), m(*batch), load_lora(again, file)(*batch)
-    assert (twice - once).norm() > 0.1 * (once - base).norm()
+    base, once, again = random_model()(*batch), m(*batch), load_lora(random_model(), file)
+    assert torch.allclose(again(*batch), once, atol=1e-5)
+    assert (load_lora(again, file)(*batch) - once).norm() > 0.1 * (once - base).norm()
 
 def test_a_lora_tensor_that_has_no_place_is_named(tmp_path):
     q, x = "diffusion_model.blocks.0.self_attn.q", torch.ones(2, 48)
     pair = {f"{q}.lora_A.weight": x, f"{q}.lora_B.weight": x.T}
     for tensors, says in (
             *((pair | {f"diffusion_model.blocks.{name}": x}, f"blocks.{name} has no place") for name in (
-                "0.self_attn.q.dora_scale", "0.self_attn.q.lora_B.bias", "0.self_attn.k.lokr_w1",
-                "0.self_attn.q.alpha", "0.self_attn.k.hada_w1_a", "0.ffn.0.diff_b",
-                "0.cross_attn.k_img.lora_A.weight", "9.self_attn.q.lora_A.weight")),
-            ({"blocks.0.self_attn.q.lora_A.default.weight": x}, "default.weight has no place"),
+                "0.self_attn.q.dora_scale", "0.self_attn.q.alpha", "0.self_attn.k.lokr_w1",
+                "0.self_attn.k.hada_w1_a", "0.ffn.0.diff_b", "9.self_attn.q.lora_A.weight")),
             (pair | {q.replace("q", "k") + ".lora_A.weight": x}, "blocks.0.self_attn.k is no pair"),
             (pair | {f"{q}.lora_A.weight": torch.ones(2, 49)}, r"is no pair of this model: A \[2, 49\]"),
             (pair | {f"{q}.lora_down.weight": x}, "lora_(A|down).weight has no place"),  # A for a second time
-            (pair | {f"{q}.lora_B.weight": torch.ones(48)}, "no pair"), ({}, "no adapters"),
-            (pair | {f"{q}.lora_A.weight": x / 0}, "lora_A.weight .* not finite")):
+            ({}, "no adapters"), (pair | {f"{q}.lora_A.weight": x / 0}, "lora_A.weight .* not finite")):
         model_file.save_tensors({name: y.clone() for name, y in tensors.items()}, tmp_path / "x")
         with refusing(says):
             load_lora(random_model(), tmp_path / "x")
@@ -273,10 +267,9 @@ def test_a_lora_tensor_that_has_no_place_is_named(tmp_path):
 @pytest.mark.parametrize("layout", ["diffusers", "peft"])
 def test_a_strength_that_is_not_one_alpha_over_rank_is_refused_by_name(layout, tmp_path):
     prefix, a, b, alpha = LORA_LAYOUTS[layout]
-    q, x = f"{prefix}blocks.0.attn1.to_q", torch.ones(2, 48)
-    pair = {f"{q}.{a}": x, f"{q}.{b}": x.T}
+    pair = {f"{prefix}blocks.0.attn1.to_q.{name}": torch.ones(shape) for name, shape in ((a, (2, 48)), (b, (48, 2)))}
     for name, value in (("use_rslora", True), ("use_dora", True), ("rank_pattern", {"to_k": 2}),
-                        ("alpha_pattern", {"to_k": 2}), ("lora_alpha", "2"), ("lora_alpha", None)):
+                        ("alpha_pattern", {"to_k": 2}), ("lora_alpha", None)):
         model_file.save_tensors(pair, tmp_path / "x", lora_metadata(tmp_path, alpha, **{name: value}))
         with refusing(f"{'x' if alpha == 'header' else alpha}: .*{name}"):
             load_lora(random_model(), tmp_path / "x")
@@ -286,53 +279,51 @@ def test_a_strength_that_is_not_one_alpha_over_rank_is_refused_by_name(layout, t
         load_lora(random_model(), tmp_path / "x")                               # diffusers: alpha is the rank
 
 def test_the_index_says_which_shards_are_the_weights(tmp_path):
-    name, m = "diffusion_pytorch_model", random_model()
-    m.save_pretrained(tmp_path)
-    tensors, other = weights(tmp_path / f"{name}.safetensors"), VideoDiT(TINY)
+    name, m, other = "diffusion_pytorch_model", random_model(), VideoDiT(TINY)
     other.save_pretrained(tmp_path)
+    m.save_pretrained(tmp_path / "m")
+    tensors = weights(tmp_path / f"m/{name}.safetensors")
     shards = {key: f"{name}-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(tensors)}
     for shard in set(shards.values()):
-        part = {key: x for key, x in tensors.items() if shards[key] == shard}
-        model_file.save_tensors(part, tmp_path / shard)
-    assert torch.equal(VideoDiT.from_pretrained(tmp_path).head.head.weight, other.head.head.weight)
+        model_file.save_tensors({k: x for k, x in tensors.items() if shards[k] == shard}, tmp_path / shard)
+    assert_near(VideoDiT.from_pretrained(tmp_path).state_dict(), other.state_dict(), 0)
     data.write_json(tmp_path / f"{name}.safetensors.index.json", {"weight_map": shards})
     assert_near(VideoDiT.from_pretrained(tmp_path).state_dict(), m.state_dict(), 0)
     (tmp_path / shard).unlink()
     with refusing(shard):
         VideoDiT.from_pretrained(tmp_path)
 
-def test_weights_with_nan_are_refused_by_their_names(tmp_path):
+def test_weights_and_videos_that_are_not_finite_end_the_run_by_their_names(tmp_path):
     m = random_model()
-    m.blocks[1].ffn[0].bias.data[3] = NAN
+    m.blocks[1].self_attn.v.weight.data[0, 0] = NAN
     m.save_pretrained(tmp_path)
-    with refusing("diffusion_pytorch_model.safetensors: blocks.1.ffn.net.0.proj.bias .* not finite"):
+    with refusing("diffusion_pytorch_model.safetensors: blocks.1.attn1.to_v.weight .* not finite"):
         VideoDiT.from_pretrained(tmp_path)
+    with refusing(f"the video of '{PROMPTS[0]}' is not finite"):
+        sample.toy_videos(m, PROMPTS[:1], 0, steps=1)
 
 def test_decoupled_gives_the_same_gradient_in_half_of_the_memory():
     m = shake_lora(add_lora(random_model(replace(TINY, num_layers=3)), 2, 4.0))
     x0, eps, t = torch.randn(1, 2, 3, 8, 24, 24), torch.randn(1, 3, 8, 24, 24), torch.tensor([0.4])
-    text, ref = torch.randn(1, 8, 32), torch.tensor([1.0])
+    batch, ref = (m, x0, torch.randn(1, 8, 32), t, eps), torch.tensor([1.0])
 
-    def backward(decoupled):
+    def backward(pairs):
         m.zero_grad()
-        both = [] if decoupled else [train_align.velocity_errors(m, x0, text, t, eps).unbind(1)]
-        for err_w, err_l in both or train_align.error_pairs(m, x0, text, t, eps):
+        for err_w, err_l in pairs():
             flow_dpo(err_w, err_l, ref, 1.01 * ref, 100.0).sum().backward()
         return [p.grad.clone() for p in m.parameters() if p.requires_grad]
-    together, most = kept_for_backward(m, lambda: backward(False))
-    apart, half = kept_for_backward(m, lambda: backward(True))
-    largest = max(x.norm() for x in together)
-    assert all((a - b).norm() < 1e-6 * largest for a, b in zip(together, apart)) and half <= 0.55 * most
+    both, apart = lambda: [train_align.velocity_errors(*batch).unbind(1)], lambda: train_align.error_pairs(*batch)
+    (a, most), (b, half) = (kept_for_backward(m, lambda: backward(pairs)) for pairs in (both, apart))
+    largest = max(x.norm() for x in a)
+    assert all((x - y).norm() < 1e-6 * largest for x, y in zip(a, b)) and half <= 0.55 * most
 
 def test_a_block_keeps_no_more_for_its_backward_pass_than_diffusers():
-    from diffusers import WanTransformer3DModel
-    config = model_file.Config(dim=96, ffn_dim=192, text_dim=32, num_heads=2, num_layers=2)
-    theirs = WanTransformer3DModel.from_config(config.to_diffusers()).requires_grad_(False)
+    config = SHAPES["tiny"][0]                                                  # frozen, as beside adapters
+    theirs = diffusers.WanTransformer3DModel.from_config(config.to_diffusers()).requires_grad_(False)
     ours, x = VideoDiT(config).requires_grad_(False), torch.randn(1, 16, 3, 8, 8, requires_grad=True)
-    batch = x, torch.rand(1), torch.randn(1, 64, 32)                            # frozen, as beside adapters
+    batch = x, torch.rand(1), torch.randn(1, 64, 32)
     _, own = kept_for_backward(ours, lambda: ours(*batch))
-    _, other = kept_for_backward(theirs, lambda: velocity_of(theirs, *batch))
-    assert own <= 1.005 * other
+    assert own <= 1.005 * kept_for_backward(theirs, lambda: velocity_of(theirs, *batch))[1]
 
 def test_checkpointing_keeps_of_a_block_its_input_and_what_self_attention_gives():
     batch, kept = (torch.randn(2, 3, 8, 24, 24), torch.rand(2), torch.randn(2, 8, 32)), []
@@ -356,20 +347,20 @@ def test_compiled_blocks_stay_compiled_for_all_sizes_with_and_without_gradients_
     with torch._dynamo.config.patch(recompile_limit=4):                       # half of torch's, to save time
         m.compile_blocks()
         counters.clear()
-        for batch in (1, 2):
-            x, t, text = torch.randn(batch, 3, 2, 8, 8), torch.rand(batch), torch.randn(batch, 8, 32)
-            with torch.no_grad(), lora_disabled(m):
-                m(x, t, text)
+        for b in (1, 2):
+            batch = torch.randn(b, 3, 2, 8, 8), torch.rand(b), torch.randn(b, 8, 32)
             with torch.no_grad():
-                m(x, t, text)
+                with lora_disabled(m):
+                    m(*batch)
+                m(*batch)
             for each in (m, plain):
-                each(x, t, text).square().mean().backward()
+                each(*batch).square().mean().backward()
     torch._dynamo.reset()
     assert counters["frames"]["total"] == counters["frames"]["ok"] > 4
-    for p, q in zip(m.parameters(), plain.parameters()):
-        assert p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-7)
+    assert all(p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-7)
+               for p, q in zip(m.parameters(), plain.parameters()))
 
-def test_the_same_tensors_and_metadata_give_the_same_bytes(tmp_path):
+def test_the_same_tensors_and_metadata_give_the_same_bytes_in_a_file_of_the_usual_mode(tmp_path):
     tensors, metadata = {"b": torch.rand(2), "a": torch.rand(3).half()}, {"z": "1", "é": '"\n', "b": "2"}
     for _ in range(9):
         model_file.save_tensors(tensors, tmp_path / "x", metadata)
@@ -379,14 +370,8 @@ def test_the_same_tensors_and_metadata_give_the_same_bytes(tmp_path):
     found, said = read_tensors(tmp_path / "x")
     assert said == metadata | {"format": "pt"}
     assert_near(found, tensors, 0)
-
-def test_files_have_the_mode_that_the_umask_says(tmp_path):
-    before = os.umask(0o027)
-    try:
-        model_file.save_tensors({"x": torch.zeros(1)}, tmp_path / "x")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "z").touch()                                                    # as the umask says
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "z").stat().st_mode
 
 # ---- sampling ----
 # A sample is a function of the seed and its number; guidance, win rates and tables are plain arithmetic.
@@ -406,26 +391,21 @@ def test_sampling_is_a_function_of_seed_and_index():
     assert (a - videos(2, 3)).abs().max() > 0.1
 
 def test_the_start_of_an_alignment_is_drawn_once_and_kept_by_all_that_it_depends_on(runs, tmp_path, monkeypatch):
-    drawn, own = [], train_align.toy_videos
+    drawn, results, own = [], [], train_align.toy_videos
     monkeypatch.setattr(train_align, "toy_videos", lambda *args: drawn.append(1) or own(*args))
-
-    def judged(name, **changes):
+    for changes, n in (({}, 2), (dict(loss="sft"), 1), (dict(seed=1), 2), (dict(dtype="bf16"), 2),
+                       (dict(model=f"{tmp_path}/0"), 2)):                       # adapters on the base
+        out = tmp_path / str(len(results))
+        results.append(align(runs, out, **SHORT | changes | dict(cache=f"{tmp_path}/cache")))
+        assert len(drawn) == n, changes
         drawn.clear()
-        return align(runs, tmp_path / name, steps=1, eval_n=2, cache=f"{tmp_path}/cache", **changes)
-    first = judged("first")
-    assert len(drawn) == 2
-    again = judged("again", loss="sft")  # another run from the same start
-    assert len(drawn) == 1 and again["oracle_start"] == first["oracle_start"]
-    for changes in (dict(seed=1), dict(dtype="bf16"), dict(model=f"{tmp_path}/first")):  # adapters on the base
-        judged(f"other{len(str(changes))}", **changes)
-        assert len(drawn) == 2, changes
+    assert results[0]["oracle_start"] == results[1]["oracle_start"]
 
 def test_the_anchor_holds_the_winner_near_the_reference(runs, tmp_path):
-    errors = []
-    for anchor in (0.0, 5.0):
-        align(runs, tmp_path / f"{anchor}", n_pairs=4, batch=4, steps=12, anchor=anchor, eval_n=1, eval_steps=1)
-        errors.append(data.read_log(tmp_path / f"{anchor}")[-1]["gap_w"])
-    assert errors[1] < errors[0]
+    for anchor in (0, 5):
+        align(runs, tmp_path / f"{anchor}", **SHORT | dict(batch=4, steps=10, anchor=float(anchor)))
+    free, held = (data.read_log(tmp_path / name)[-1]["gap_w"] for name in "05")
+    assert held < free
 
 def test_a_win_rate_drops_exact_ties():
     assert sample.win_rate(tensor([1.0, 2.0, 3.0, 0.0]), tensor([0.0, 2.0, 0.0, 1.0])) == 2 / 3
@@ -455,9 +435,9 @@ def write_run(folder, result, **args):
     """A finished run's folder with these results and arguments."""
     folder.mkdir(parents=True)
     data.write_json(folder / "config.json", {"args": args | {"out": str(folder)}})
-    dims = (*DIMS, "Overall")
-    data.write_json(folder / "eval.json", {"win_rate": dict.fromkeys(dims, 0.5), "n": 4} | {
-        key: dict(zip(dims, x)) if isinstance(x, tuple) else x for key, x in result.items()})
+    found = {key: dict(zip((*DIMS, "Overall"), x)) if isinstance(x, tuple) else x for key, x in result.items()}
+    found = {"win_rate": dict.fromkeys((*DIMS, "Overall"), 0.5), "n": 4} | found
+    data.write_json(folder / "eval.json", found)
     return folder
 
 def rows_of_table(capsys, *folders):
@@ -488,15 +468,13 @@ def test_runs_are_one_row_if_seeds_alone_tell_them_apart_however_far_back(tmp_pa
         write_run(tmp_path / f"{seed}/sft", {}, seed=seed, lr=2.0)
         write_run(tmp_path / f"{seed}/own", {}, seed=seed, lr=1.0, pairs=f"{tmp_path}/{seed}/dpo/pairs.csv")
         (tmp_path / f"{seed}/dpo/pairs.csv").touch()
-    again = write_run(tmp_path / "again", {}, seed=0, lr=1.0)                   # by other code
-    drawn = [write_run(tmp_path / f"drawn {i}", {}, seed=seed, cfg=1.0, ckpt=[f"{tmp_path}/{place}"])
-             for i, (seed, place) in enumerate(((0, "0/dpo"), (0, "1/dpo"), (0, "0/sft")))]
-    def rows(*folders):
-        return [row[-1] for row in rows_of_table(capsys, *folders)]
-    assert rows(tmp_path / "0/dpo", tmp_path / "1/dpo") == ["2 x 4"] == rows(*drawn[:2])
-    assert rows(tmp_path / "0/own", tmp_path / "1/own") == ["2 x 4"] and rows(*[again] * 2) == ["1 x 4"]
-    assert rows(tmp_path / "0/dpo", again) == rows(tmp_path / "0/dpo", tmp_path / "0/sft") == ["1 x 4"] * 2
-    assert rows(drawn[0], drawn[2]) == ["1 x 4"] * 2
+    write_run(tmp_path / "again", {}, seed=0, lr=1.0)                           # by other code
+    for i, place in enumerate(("0/dpo", "1/dpo", "0/sft")):
+        write_run(tmp_path / f"drawn{i}", {}, seed=0, cfg=1.0, ckpt=[f"{tmp_path}/{place}"])
+    for names, count in (("0/dpo 1/dpo", ["2 x 4"]), ("drawn0 drawn1", ["2 x 4"]), ("0/own 1/own", ["2 x 4"]),
+                         ("again again", ["1 x 4"]), ("0/dpo again", ["1 x 4"] * 2),
+                         ("0/dpo 0/sft", ["1 x 4"] * 2), ("drawn0 drawn2", ["1 x 4"] * 2)):
+        assert [row[-1] for row in rows_of_table(capsys, *(tmp_path / x for x in names.split()))] == count, names
 
 def test_validation_runs_choose_the_guidance_at_which_held_out_ones_are_shown(tmp_path, capsys):
     def run(cfg, split, seed, closed):
@@ -544,12 +522,6 @@ def test_rewards_are_compared_beside_the_ceiling(runs, capsys):
     assert re.search(r"ceiling.*\n\| \S*/reward \|.*\n\| \S*/noisy \|", said)
     assert said.strip().endswith(f"{100 * right['without']:.1f} / {100 * right['with']:.1f} |")
 
-def test_a_video_that_is_not_finite_ends_the_run_by_its_prompt():
-    m = random_model()
-    m.blocks[1].self_attn.v.weight.data[0, 0] = NAN
-    with refusing(f"the video of '{PROMPTS[0]}' is not finite"):
-        sample.toy_videos(m, PROMPTS[:1], 0, steps=1)
-
 ODD = ("/", "..", " . ", "\u3000", "\\", "C:\\", "\n", "\u2028", '? "<*>" |', "\x00", "\x85", "é.", "x" * 400)
 
 def test_every_name_that_is_written_reads_back_and_is_allowed_everywhere(runs, tmp_path):
@@ -565,28 +537,29 @@ def test_every_name_that_is_written_reads_back_and_is_allowed_everywhere(runs, t
     assert {f"{PROMPTS[0]}-0.mp4", f"{PROMPTS[0]} .-0.mp4"} <= names            # as VBench has them
     assert not any(re.search(r'[<>:"/\\|?*\x00-\x1f]|^[ .]', name) for name in names)
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_killed_sampling_goes_on_to_the_same_files_and_keeps_what_is_there(batch, runs, tmp_path, monkeypatch):
-    args = sample.Args(model=f"{runs}/base", prompt=PROMPTS[:3], n_per_prompt=2, steps=2, batch=batch,
+def test_killed_sampling_goes_on_to_the_same_files_and_keeps_what_is_there(runs, tmp_path, monkeypatch):
+    args = sample.Args(model=f"{runs}/base", prompt=PROMPTS[:3], n_per_prompt=2, steps=1, cfg=1.0, batch=3,
                        reward=f"{runs}/reward", out=f"{tmp_path}/run", resume=True)
     sample.main(replace(args, out=f"{tmp_path}/whole"))
-    own, written = sample.write_video, []
+    own, written, log = sample.write_video, [], tmp_path / "run/scores.jsonl"
+
     def until_the_fifth(file, *rest):
-        if (tmp_path / "run/003.mp4").exists():
+        if len(written) == 4:
             raise Killed
+        written.append(file.stem)
         own(file, *rest)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(sample, "write_video", until_the_fifth)
+    monkeypatch.setattr(sample, "write_video", until_the_fifth)
+    with pytest.raises(Killed):
         sample.main(args)
-    log = tmp_path / "run/scores.jsonl"
-    assert not (tmp_path / "run/004.mp4").exists() and not (tmp_path / "run/pairs.csv").exists()
+    assert len([*(tmp_path / "run").glob("*.mp4")]) == 4 and not (tmp_path / "run/pairs.csv").exists()
     log.write_text(log.read_text()[:-20])                                       # the last line is cut short
-    monkeypatch.setattr(sample, "write_video", lambda *args: written.append(args[0].stem) or own(*args))
+    written.clear()
     sample.main(args)
-    assert written == ["003", "004", "005"]  # whole batches of one or three
-    whole, run = ({file.name: file.read_bytes() for pattern in ("*.mp4", "*.csv")
-                   for file in (tmp_path / name).glob(pattern)} for name in ("whole", "run"))
-    assert whole == run and len(run) == 7
+    assert written == ["003", "004", "005"]                                     # whole batches
+    whole, run = ({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.[mc]*")}
+                  for name in ("whole", "run"))
+    names = {f"00{i}.mp4" for i in range(6)} | {"pairs.csv"}
+    assert names <= whole.keys() and all(whole[name] == run[name] for name in names)
 
 def test_without_out_the_next_free_folder_is_taken(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -596,20 +569,20 @@ def test_without_out_the_next_free_folder_is_taken(runs, tmp_path, monkeypatch):
     assert not list((tmp_path / "runs").glob("*.*"))                            # none was moved
 
 def test_memory_of_sampling_does_not_grow_with_the_number_of_videos(wan, tmp_path, monkeypatch):
-    alive, own = [], sample.write_video
+    alive, own = {}, sample.write_video
 
     def count(path, video, *rest):
         own(path, video, *rest)
         shapes = [x.shape[-2:] for x in gc.get_objects() if type(x) is torch.Tensor]
-        alive[-1].append(sum(shape in ((32, 48), (4, 6)) for shape in shapes))  # pixels and latents
+        alive[path.parent.name].append(sum(shape in ((32, 48), (4, 6)) for shape in shapes))  # pixels, latents
     monkeypatch.setattr(sample, "write_video", count)
     gc.freeze()                                                            # what was there is not looked at
     for n in (13, 18):
-        alive.append([])
+        alive[str(n)] = []
         sample.main(sample.Args(model=str(wan), prompt=["a cat"], n_per_prompt=n, steps=1, cfg=1.0,
                                 out=f"{tmp_path}/{n}", **CLIP))
     gc.unfreeze()
-    assert max(alive[1]) == max(alive[0]) > 0
+    assert max(alive["18"]) == max(alive["13"]) > 0
 
 # ---- the world ----
 # Shapes world knows the truth: a score falls with its own flaw alone, and nothing but a good video scores.
@@ -1790,31 +1763,25 @@ REFUSALS = """
 train_align   --lss dpo                                            unknown argument --lss
 train_align   --loss ppo                                           choose from
 train_align   --steps many                                         is not a whole number, 1 or more
-sample        --prompt p --n_per_prompt 0                          is not a whole number, 1 or more
 train_align   --dim_w 1,1                                          give 3 numbers, not all 0
 train_align   --lora_rank -1                                       give 0 or more
 train_align   --loss rwr --tau 0                                   --tau more than 0
 train_align   --loss rwr --labels human                            use --labels reward
 train_align   --loss pretrain --lora_rank 4                        trains all weights
 train_reward  --tie 1                                              above 1
-train_reward  --label_noise 0                                      above 0
 train_reward  --depth 99 --n_pairs 9                               blocks
 train_align   --model runs/nowhere                                 is no folder
-sample        --ckpt runs/nowhere --eval 4                         is no folder
 train_align   --model {empty}                                      is the run finished
 train_align   --model {other} --n_pairs 9                          does not fit the model
-train_align   --model {cut}                                        cannot be read as safetensors
 train_align   --model {pickle}                                     cannot be read as safetensors
 train_align   --model {world} --n_pairs 9                          another Shapes world
 train_align   --model {layers} --n_pairs 9                         text-to-video Wan: {{'num_layers': 0}}
-train_align   --model {image} --n_pairs 9                          text-to-video Wan: {{'image_dim': 1280}}
 train_align   --out {file}/run                                     Not a directory
 train_align   --out {toy}                                          exists: --resume goes on with it
 train_align   --resume --out {broken}                              config.json cannot be read as JSON
 sample        --size 30,30 --eval 4                                --frames and --size are for Wan
 sample        --out x                                              one thing at a time
 sample        --eval 4 --split test                                invalid choice
-sample        --eval 4 --x beta                                    one thing at a time
 sample        --compare {won} --cfg 3                              stand --x, --y, --by and --out alone
 sample        --eval 4 --against base                              this model has none
 sample        --prompt 'a dog'                                     not a prompt of Shapes world
@@ -1824,43 +1791,33 @@ sample        --prompts {blank}                                    row 3 has no 
 sample        --compare {empty}                                    eval.json cannot be read as JSON
 sample        --compare {nothing}                                  takes runs with win rates
 sample        --compare {won} --x rg_scale --y win_rate/XQ         cannot be drawn: 'XQ'
-sample        --compare {won} --x nrg                              could not convert
 sample        --compare {won} --out drawn                          draws one .webp
-sample        --compare {won} --out gone/a.webp                    in a folder that exists
 reward        --video {file} --prompt 'a red circle moving left'   cannot be read as a video
 train_align   --pairs gone.csv                                     gone.csv
 reward        {ask}                                                KwaiVGI/VideoAlign
 reward        {ask} --template {base}/config.json                  must set DETAILED_PROMPT
 reward        --video {clip} --ckpt {released} --template {template}  --prompt
 reward        {ask} --ckpt nobody/nothing                          does not exist
-reward        {ask} --ckpt {base}                                  holds no finished reward
 reward        {ask} --template {template} --base {released}        is not a Qwen2-VL
 reward        {ask} --template {template} --ckpt {odd}             only sample_type = 'uniform' is supported
-reward        {ask} --template {template} --ckpt {cut_reward}      model.pth cannot be read
 reward        {ask} --template {template} --ckpt {short}           does not fit the model: Missing
 reward        {ask} --template {template} --ckpt {evil}            model.pth cannot be read
 train_reward  --model {base}                                       with --pairs
 train_reward  --pairs {prefs}                                      is not a prompt of Shapes world
-train_reward  --model assets/reward                                with --pairs
 train_reward  --model assets/reward --pairs {prefs} --depth 2      no --depth
 train_reward  --model assets/noisy --pairs {prefs}                 --noisy as it was
 train_reward  --eval oracle --pairs {prefs}                        oracle is no folder
 train_reward  --model {base} --pairs {prefs} --noisy               on latents
 train_reward  --model {base} --pairs {plain} --loss regression     MOS_A_VQ
 train_reward  --model {base} --pairs {unread}                      row 2: {root}/text.mp4 cannot be read
-train_reward  --eval {released} --template {template}              with --pairs
 train_align   --model {wan} --labels human                         has no pairs of its own
 train_align   --model {wan} --frames 6                             4k + 1 frames
 sample        --model {wan} --prompt p --size 30,30                give multiples of 16
 sample        --model {wan} --eval 4                               are of Shapes world
 sample        --model {text_encoder} {draw}                        git lfs pull
-sample        --model {tokenizer} {draw}                           git lfs pull
-sample        --model {vae} {draw}                                 git lfs pull
 sample        --model {transformer} {draw}                         git lfs pull
 sample        --model {half} {draw}                                has 2 missing tensors
 sample        --model {wan}/{dit} {draw}                           is no folder
-sample        --model {wan} {draw} --lora {empty}                  cannot be read as safetensors
-train_reward  --model {base_pointer} --pairs {prefs}               git lfs pull
 train_reward  --model {qwen25} --pairs {prefs}                     only Qwen2-VL
 reward        --video {clip} --prompt p --ckpt {released}/checkpoint-30  above checkpoint-<step>/
 reward        {ask} --template {template} --video {pointer}        git lfs pull
@@ -1869,141 +1826,105 @@ HEAD = "path_A,path_B,prompt,VQ\n"
 JSON_ROW = '{"path_A": "a.mp4", "path_B": "a.mp4", "prompt": "p", "VQ": "A"}'
 BAD_PAIRS = {                                                            # a file of pairs: what is said of it
     "": "holds no pairs", HEAD: "holds no pairs", "PAR1\xff": "is not UTF-8 text (byte 4): save it as CSV",
-    "video,caption\na,b\n": "columns caption, video: wanted are prompt, chosen, rejected", "a\xff": "is not UTF-8",
+    "video,caption\na,b\n": "columns caption, video: wanted are prompt, chosen, rejected",
     "path_A,path_B,prompt\na.mp4,a.mp4,p\n": "and one of VQ, MQ, TA, Overall",
     f"{HEAD}a.mp4,gone.mp4,p,A\n": "row 2: {root}/gone.mp4 is no file", f"{HEAD}a.mp4,a.mp4,,A\n": "row 2 has no prompt",
     f"{HEAD}a.mp4,a.mp4,p,1\na.mp4,a.mp4,p,0\n": "row 2: VQ is '1': write A, B, same, or nothing",
-    f"{HEAD}{'x' * 5000}.mp4,a.mp4,p,A\n": "xxx.mp4 is no file",
-    f'{HEAD}"a\nb.mp4",a.mp4,p,A\n': "b.mp4 is no file", f"{HEAD}a.mp4,empty,p,A\n": "empty is no file",
+    f"{HEAD}{'x' * 5000}.mp4,a.mp4,p,A\n": "xxx.mp4 is no file", f'{HEAD}"a\nb.mp4",a.mp4,p,A\n': "b.mp4 is no file",
+    f"{HEAD}a.mp4,empty,p,A\n": "empty is no file", f'{HEAD}a.mp4,a.mp4,"open,A\n': "is no CSV",
     f"{HEAD}a.mp4,a.mp4,{PROMPTS[0]},A\n": "in each, both sides are the same video",
     '{"version": 2, "data": [{"prompt": "p"}]}': "columns data, version: wanted are",
     '{"version": 2,\n"data": []}': "JSON list of rows (not under a key)",
-    f'{HEAD}a.mp4,a.mp4,"open,A\n': "is no CSV",
     f"{HEAD}a.mp4,a.mp4,one, two,A\n": "row 2 has more or fewer fields than the header: texts with "
                                        "the separator ',' must stand in quotes",
-    f"{HEAD}a.mp4,a.mp4,p,A\na.mp4,a.mp4\n": "row 3 has more or fewer fields",
     JSON_ROW.replace('"p"', '["p"]'): 'row 1: prompt is ["p"] and must be a text',
-    JSON_ROW.replace('"p"', "NaN"): "row 1 has no prompt",
-    JSON_ROW.replace('"A"', '{"x": 1}'): 'row 1: VQ is {"x": 1} and must be a text',
-    JSON_ROW.replace('"p"', '"\\ud83d"'): "must be a text",
-    "path_A,path_B,prompt,VQ,MOS_A_VQ\na.mp4,a.mp4,p,A,80\n": "points off the scale of 1 to 5",
-    "path_A,path_B,prompt,VQ,MOS_A_VQ\na.mp4,a.mp4,p,A,0\n": "row 2 has points off"}
+    JSON_ROW.replace('"p"', "NaN"): "row 1 has no prompt", JSON_ROW.replace('"p"', '"\\ud83d"'): "must be a text",
+    "path_A,path_B,prompt,VQ,MOS_A_VQ\na.mp4,a.mp4,p,A,80\n": "row 2 has points off the scale of 1 to 5"}
 
 @pytest.mark.parametrize("script", [train_align, train_reward, sample, reward], ids=lambda m: m.__name__)
 def test_what_the_user_can_mend_ends_in_one_line_and_status_2(script, spoiled, monkeypatch, capsys):
     root, names = spoiled
     monkeypatch.chdir(root)
-    rows = [re.split(r"\s{2,}", line) for line in REFUSALS.strip().splitlines()]
-    rows = [(words.format(**names), says.format(**names)) for name, words, says in rows
-            if name == script.__name__]
+    rows = [re.split(r"\s{2,}", line.format(**names)) for line in REFUSALS.strip().splitlines()]
     if script is train_align:
-        rows += [(f"--pairs bad{i}", says.replace("{root}/", "")) for i, says in enumerate(BAD_PAIRS.values())]
+        rows += [("train_align", f"--pairs bad{i}", says.replace("{root}/", "")) for i, says in enumerate(BAD_PAIRS.values())]
     before = sorted(root.rglob("*"))
-    for line, says in rows:
-        words = shlex.split(line)
-        assert says in refusal(script.main, script.Args, words, capsys), line
-        assert sorted(root.rglob("*")) == before, line
+    for name, line, says in rows:
+        if name == script.__name__:
+            assert says in refusal(script.main, script.Args, shlex.split(line), capsys), line
+            assert sorted(root.rglob("*")) == before, line
 
 def test_damaged_files_are_read_or_refused_in_one_line(runs, tmp_path, n=12, seed=0):
-    align(runs, tmp_path / "dpo", n_pairs=4, steps=1, batch=2, eval_n=1, eval_steps=1)
+    align(runs, tmp_path / "dpo", **SHORT)
     for name in ("base", "reward"):
         shutil.copytree(runs / name, tmp_path / name)
     write_clips(tmp_path, ["a.mp4", "b.mp4"], frames=6)
     (tmp_path / "pairs.csv").write_text("path_A,path_B,prompt,VQ,MQ,MOS_A_VQ\n"
                                         'a.mp4,b.mp4,"a cat, asleep",A,same,4\nb.mp4,a.mp4,a dog,B,,2\n')
     (tmp_path / "pairs.jsonl").write_text(JSON_ROW + JSON_ROW.replace('{', '\n{').replace('"A"', "null"))
-    (tmp_path / "prompts.csv").write_text("prompt,prompt_shorter\na cat,\na dog that sleeps,dog\n")
 
-    def model(folder):
+    def model(path):
+        folder = path.parents[DIT in str(path)]
         return data.lineage(folder), sample.load_model(folder)(*random_batch())
 
     def video(path):
         return data.read_clip(path, 2, (16, 16)), reward.check_video(path), data.read_shapes(path)
-    outcomes, readers = {"read": 0, "refused": 0}, {
-        "pairs.csv": data.read_pairs, "pairs.jsonl": data.read_pairs, "a.mp4": video,
-        "prompts.csv": lambda path: sample.read_prompts(sample.Args(prompts=str(path)), data.Shapes()),
-        f"base/{DIT}": lambda path: model(path.parents[1]),
-        "base/transformer/config.json": lambda path: model(path.parents[1]),
-        "dpo/config.json": lambda path: model(path.parent),
-        "dpo/lora.safetensors": lambda path: model(path.parent),
-        "reward/reward.safetensors": lambda path: reward.load_reward(path.parent)}
-    for name, look in readers.items():
+    outcomes = []
+    for name, look in (("pairs.csv", data.read_pairs), ("pairs.jsonl", data.read_pairs), ("a.mp4", video),
+                       (f"base/{DIT}", model), ("dpo/config.json", model), ("dpo/lora.safetensors", model),
+                       ("reward/reward.safetensors", lambda path: reward.load_reward(path.parent))):
         content = (tmp_path / name).read_bytes()
         for i in range(n):
             (tmp_path / name).write_bytes(mutant(content, rng(name, seed, i)))
             try:
-                look(tmp_path / name)
-                outcomes["read"] += 1
+                outcomes.append(bool(look(tmp_path / name)))
             except UserError as e:                                              # anything else fails the test
+                outcomes.append(None)
                 assert len(str(e)) > 30, (name, seed, i)
-                outcomes["refused"] += 1
         (tmp_path / name).write_bytes(content)
-    assert min(outcomes.values()) > n, outcomes
+    assert n < outcomes.count(None) < len(outcomes) - n
 
-def label_page(folder):
-    """A Playwright page of Debian's Chromium, and the folder's label.html of four pairs of tiny videos of odd
-    prompts, opened in it.
-    """
+def test_a_person_labels_pairs_in_a_browser_and_training_reads_what_was_saved(tmp_path):
     api, chromium = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs chromium")
     prompts = ["say \"hi\", <b>bold</b> & 'x'", "красный круг 赤い丸", "</script><script>alert(1)", "a, b; #c?%d"]
-    for side in "ab":
-        (folder / side).mkdir()
-        for i, prompt in enumerate(prompts):
-            name = f"{prompt.replace('/', ' ')}-{i}.mp4"
-            data.write_video(folder / side / name, torch.rand(3, 8, 16, 16) * 2 - 1, 8)
-    table = folder / "pairs.csv"
-    with open(table, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["prompt", "chosen", "rejected"])
-        for i, prompt in enumerate(prompts):
-            rows.writerow([prompt, *(f"{side}/{prompt.replace('/', ' ')}-{i}.mp4" for side in "ab")])
-    return api, chromium, prompts
-
-
-def test_a_person_labels_pairs_in_a_browser_and_training_reads_what_was_saved(tmp_path):
-    api, chromium, prompts = label_page(tmp_path)
+    rows = [[prompt, *(f"{side}/{prompt.replace('/', ' ')}.mp4" for side in "ab")] for prompt in prompts]
+    write_clips(tmp_path, [name for row in rows for name in row[1:]])
+    with open(tmp_path / "pairs.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["prompt", "chosen", "rejected"], *rows])
     data.main(data.Args(str(tmp_path / "pairs.csv")))
+    shown, faults = [], []
     with api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page()
+        page = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
         page.goto((tmp_path / "pairs.html").as_uri())
-        shown, faults = [], []
         page.on("pageerror", lambda fault: faults.append(str(fault)))
+
+        def press(*keys):
+            shown.append(page.locator("h1").inner_text())
+            for key in keys:
+                page.keyboard.press(key)
         page.wait_for_function("[...videos].every(v => v.currentTime > 0)")       # both play
         swapped = page.evaluate("state.swapped")
-        shown.append(page.locator("h1").inner_text())
-        for key in "168":                                                         # VQ A, MQ B, TA same
-            page.keyboard.press(key)
-        page.keyboard.press("n")
-        shown.append(page.locator("h1").inner_text())
+        press(*"168n")                                                            # VQ A, MQ B, TA same
         page.locator("fieldset").nth(0).get_by_text("B").click()                  # by mouse
-        page.locator("#next").click()
+        press("n")
         page.reload()                                                             # in the middle
-        assert page.locator("#place").inner_text() == "Pair 3 of 4"
-        assert page.evaluate("state.swapped") == swapped
-        shown.append(page.locator("h1").inner_text())
-        page.keyboard.press("1")
+        assert page.locator("#place").inner_text() == "Pair 3 of 4" and page.evaluate("state.swapped") == swapped
         page.locator("#back").click()
         assert page.locator("fieldset").nth(0).get_by_label("B").is_checked()     # it was kept
         page.keyboard.press("n")
+        press("1")
         page.locator("#skip").click()                                             # the third is not judged
-        shown.append(page.locator("h1").inner_text())
-        page.keyboard.press("Tab")                                                # by keyboard alone: the
-        page.keyboard.press("Space")                                              # first answer, then "same"
-        page.keyboard.press("ArrowRight")
-        page.keyboard.press("Enter")
+        press("Tab", "Space", "ArrowRight", "Enter")                              # the first answer, then "same"
         assert page.locator("#results").is_visible() and page.locator("#wins").inner_text().count("%") >= 2
         with page.expect_download() as download:
             page.locator("#save").click()
         download.value.save_as(tmp_path / "labels.csv")                           # beside the page
-        browser.close()
     assert shown == prompts and not faults
-    pairs = data.read_pairs(tmp_path / "labels.csv")
+    pairs, turn = data.read_pairs(tmp_path / "labels.csv"), [-1 if swap else 1 for swap in swapped]
     assert pairs.prompts == [prompts[0], prompts[1], prompts[3]]
     assert [path.parent.name for path in map(Path, pairs.videos[0])] == ["a", "b"]
-    turn = [-1 if swap else 1 for swap in swapped]
     assert pairs.label[:, :3].nan_to_num(9).tolist() == [[turn[0], -turn[0], 0], [-turn[1], 9, 9], [0, 9, 9]]
 
 
@@ -2013,25 +1934,24 @@ def test_saved_labels_name_their_files_from_the_page_wherever_it_is_opened(tmp_p
     names = ["a cat-0.mp4", "a/50% off #1 'now' \u65e5\u672c-0.mp4"]
     write_clips(tmp_path, names)
     data.label_page(tmp_path / "label.html", [("a cat", *(tmp_path / name for name in names))])
-    page = (tmp_path / "label.html").read_text(encoding="utf-8")
-    code = re.search(r"function path\(.*?\n}\n", page, re.S)[0]
-    [pair] = json.loads(re.search('json">(.*?)</script>', page)[1])["pairs"]
+    code = re.search(r"function path\(.*?\n}\n", (tmp_path / "label.html").read_text(encoding="utf-8"), re.S)[0]
+    videos = json.dumps(page_data(tmp_path)["pairs"][0]["videos"])
     for place, there in (("http://gpu:8000/", ""), ("file:///home/", ""), ("file://nas/share/", "//nas/share/")):
-        script = (f"const location = {{ href: '{place}label.html' }};\n{code}"
-                  f"console.log(JSON.stringify({json.dumps(pair['videos'])}.map(path)))")
+        script = f"const location = {{ href: '{place}label.html' }};\n{code}console.log(JSON.stringify({videos}.map(path)))"
         out = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True).stdout
         assert json.loads(out) == [there + name for name in names]
 
-def test_samples_get_a_labelling_page(tmp_path, monkeypatch, capsys):
+def page_data(folder):
+    """What the labelling page in a folder knows."""
+    return json.loads(re.search('json">(.*?)</script>', (folder / "label.html").read_text(encoding="utf-8"))[1])
+
+def test_samples_get_a_labelling_page(tmp_path, monkeypatch):
     monkeypatch.chdir(HERE)
-    prompt = PROMPTS[0]
-    shared = dict(prompt=[prompt], steps=1, cfg=1.0)
-    sample.main(sample.Args(n_per_prompt=4, out=str(tmp_path / "many"), **shared))
-    sample.main(sample.Args(against="assets/base", out=str(tmp_path / "two"), **shared))
-    many, two = (json.loads(re.search('json">(.*?)</script>', (tmp_path / name / "label.html").read_text())[1])
-                 for name in ("many", "two"))
+    for name, own in (("many", dict(n_per_prompt=4)), ("two", dict(against="assets/base"))):
+        sample.main(sample.Args(prompt=PROMPTS[:1], steps=1, cfg=1.0, out=f"{tmp_path}/{name}", **own))
+    many, two = (page_data(tmp_path / name) for name in ("many", "two"))
     assert [pair["videos"] for pair in many["pairs"]] == [["000.mp4", "001.mp4"], ["002.mp4", "003.mp4"]]
-    assert two["pairs"] == [{"prompt": prompt, "videos": ["000.mp4", "start/000.mp4"]}]
+    assert two["pairs"] == [{"prompt": PROMPTS[0], "videos": ["000.mp4", "start/000.mp4"]}]
     assert two["sides"] == ["two", "assets/base"]
 
 
@@ -2039,6 +1959,7 @@ def test_samples_get_a_labelling_page(tmp_path, monkeypatch, capsys):
 # Tiny random models in the real layouts, folders good and spoiled, and ways to kill a run. Nothing is mocked.
 
 CLIP = dict(frames=5, size=(32, 48))                                          # what Wan draws and reads here
+SHORT = dict(n_pairs=4, steps=1, batch=2, eval_n=1, eval_steps=1)               # the shortest alignment
 DIT = "transformer/diffusion_pytorch_model.safetensors"
 LORA_NAMES = {f"diffusion_model.blocks.{i}.{a}_attn.{n}.lora_{ab}.weight"
               for i in (0, 1) for a in ("self", "cross") for n in "qkvo" for ab in "AB"}
@@ -2302,8 +2223,7 @@ def qwen(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
     root, words = tmp_path_factory.mktemp("qwen"), Tokenizer(models.BPE())
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.pre_tokenizer, words.decoder = level, decoders.ByteLevel()
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
     words.train_from_iterator([reward.RUBRIC], trainers.BpeTrainer(
         vocab_size=500, special_tokens=[f"<|{name}|>" for name in special], show_progress=False,
@@ -2314,25 +2234,22 @@ def qwen(tmp_path_factory):
     rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3])
     text = dict(vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=2, bos_token_id=0,
                 eos_token_id=2, num_attention_heads=2, num_key_value_heads=1, rope_parameters=rope)
-    vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2)
     model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
-        text_config=text, vision_config=vision, vision_start_token_id=3, vision_end_token_id=4,
-        image_token_id=5, video_token_id=6))
-    for p in model.parameters():  # every part matters to a score
+        text_config=text, vision_config=dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2),
+        vision_start_token_id=3, vision_end_token_id=4, image_token_id=5, video_token_id=6))
+    for p in model.parameters():                                                # every part matters to a score
         torch.nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.2)
     model.save_pretrained(root / "base")
     write_clips(root, ["a.mp4", "b.mp4"], frames=20, size=(64, 96), fps=10)
     (root / "prompt_template.py").write_text(f'raise SystemExit\n{reward.THEIR_TEMPLATE} = """{THEIRS}"""\n')
-    own = reward.VideoReward.from_base(str(root / "base")).trainable()
+    own, step = reward.VideoReward.from_base(str(root / "base")).trainable(), root / "released/checkpoint-30"
     for name, p in own.named_parameters():
         if "lora_B" in name or name in ("rm_head.weight", "rows"):
             torch.nn.init.normal_(p, 0, 0.3)
     truth = {k: v.detach().clone() for k, v in own.state_dict().items()}
     truth[reward.EMBEDDING][own.token_ids] = truth.pop("rows")
-    step = root / "released" / "checkpoint-30"
-    step.mkdir(parents=True)
-    torch.save(theirs(truth) | LM_HEAD, step / "model.pth")
     own.tokenizer.save_pretrained(step / "tokenizer")
+    torch.save(theirs(truth) | LM_HEAD, step / "model.pth")
     data.write_json(root / "released/model_config.json", {
         "data_config": {"fps": 2.0, "num_frames": None, "max_frame_pixels": 200704, "sample_type": "uniform",
                         "prompt_template_type": "detailed_special"},
@@ -2354,9 +2271,12 @@ def theirs(tensors, layout=""):
         return "base_model.model." + key.replace("qwen.", "model.")
     return {name(key): value for key, value in tensors.items()}
 
+def released(qwen):
+    """The released VideoReward and its template, as arguments."""
+    return f"{qwen[0]}/released", f"{qwen[0]}/prompt_template.py"
+
 def released_reward(qwen, dtype=torch.float32):
-    released, template = (qwen[0] / name for name in ("released", "prompt_template.py"))
-    return reward.VideoReward.from_pretrained(released, template=template, dtype=dtype)
+    return reward.VideoReward.from_pretrained(released(qwen)[0], template=released(qwen)[1], dtype=dtype)
 
 def clips(qwen, *names):
     return [str(qwen[0] / f"{name}.mp4") for name in names]
@@ -2390,8 +2310,7 @@ def qwen_args(qwen, out, **changes):
     return train_reward.Args(**own | changes)
 
 def eval_args(qwen, out, **changes):
-    released, template = (f"{qwen[0]}/{name}" for name in ("released", "prompt_template.py"))
-    return train_reward.Args(eval=released, template=template, out=str(out), **changes)
+    return train_reward.Args(eval=released(qwen)[0], template=released(qwen)[1], out=str(out), **changes)
 
 class Executed:
     """Unpickled, it ends the tests."""
@@ -2413,20 +2332,14 @@ SPOILED_FILES = {
 CONFIG, STATE = "transformer/config.json", "checkpoint-30/model.pth"
 SPOILED_MODELS = [                      # name; a copy of which model, a file in it, and what becomes of it
     ("text_encoder", "wan", "text_encoder/model.safetensors", lambda x: POINTER),
-    ("tokenizer", "wan", "tokenizer/tokenizer.json", lambda x: POINTER),
-    ("vae", "wan", "vae/diffusion_pytorch_model.safetensors", lambda x: POINTER),
     ("transformer", "wan", CONFIG, lambda x: POINTER),
     ("half", "wan", "text_encoder/model.safetensors", lambda x: x.replace(b"Attention.q", b"Attention.z")),
-    ("base_pointer", "base", "model.safetensors", lambda x: POINTER),
     ("qwen25", "base", "config.json", lambda x: x.replace(b'"qwen2_vl"', b'"qwen2_5_vl"')),
     ("other", "toy", DIT, lambda x: x.replace(b"proj_out.bias", b"proj_out.more")),
     ("world", "toy", DIT, lambda x: x.replace(data.world_hash().encode(), b"0" * len(data.world_hash()))),
     ("layers", "toy", CONFIG, lambda x: x.replace(b'"num_layers": 2', b'"num_layers": 0')),
-    ("image", "toy", CONFIG, lambda x: x.replace(b"{", b'{"image_dim": 1280,', 1)),
-    ("cut", "toy", DIT, lambda x: x[:1000]),
     ("pickle", "toy", DIT, lambda x: saved_by_torch(Executed())),
     ("odd", "released", "model_config.json", lambda x: x.replace(b"uniform", b"multi_pts")),
-    ("cut_reward", "released", STATE, lambda x: x[:1000]),
     ("short", "released", STATE, lambda x: saved_by_torch({})),
     ("evil", "released", STATE, lambda x: saved_by_torch(Executed()))]
 
