@@ -485,20 +485,17 @@ def test_validation_runs_choose_the_guidance_at_which_held_out_ones_are_shown(tm
     assert {row[3] for row in rows_of_table(capsys, *val)} == {"1.5", "2.5", "4.5"}
 
 def test_a_hacked_reward_is_named_and_a_good_run_is_not():
-    video = clean_videos(PROMPTS[::4])
+    video, look = clean_videos(PROMPTS[::4]), sample.pixel_statistics
     grey, still = video.mean(1, keepdim=True).expand_as(video), video[:, :, :1].expand_as(video)
-
-    def said(now=video, oracle=0.8, reward=0.9):
-        rates = {"win_rate": {"Overall": oracle}, "win_rate_reward": {"Overall": reward}}
-        return sample.hacking(rates | {"pixels": look(now), "pixels_start": look(video)})
-    look = sample.pixel_statistics
     assert look(video).keys() == {"motion", "saturation", "brightness"}
-    assert not said() and not said(grey, reward=0.4)
-    assert re.search(r"in 90%, but saturation fell from 0\.\d+ to 0.000$", said(grey))
-    assert re.search(r"but motion fell from 0\.\d+ to 0.000$", said(still))
-    assert "the oracle prefers them in 30% only" in said(oracle=0.3)
+    for now, wins, reward_wins, says in (
+            (video, 0.8, 0.9, "^$"), (grey, 0.8, 0.4, "^$"), (video, 0.3, 0.9, "the oracle prefers them in 30% only"),
+            (grey, 0.8, 0.9, r"in 90%, but saturation fell from 0\.\d+ to 0.000$"),
+            (still, 0.8, 0.9, r"but motion fell from 0\.\d+ to 0.000$")):
+        rates = {"win_rate": {"Overall": wins}, "win_rate_reward": {"Overall": reward_wins}}
+        assert re.search(says, sample.hacking(rates | {"pixels": look(now), "pixels_start": look(video)}) or "")
 
-def test_runs_are_drawn_side_by_side_or_over_any_number_or_their_steps(runs, capsys):
+def test_runs_are_drawn_side_by_side_or_over_any_number_or_their_steps_and_rewards_beside_a_ceiling(runs, capsys):
     results = {x: sample.main(job("win rates", runs, runs / f"scale{x:g}", rg_scale=x)[1]) for x in (1.0, 30.0)}
     args = sample.Args(compare=[f"{runs}/scale1", f"{runs}/scale30"])
     sample.main(args)
@@ -507,12 +504,9 @@ def test_runs_are_drawn_side_by_side_or_over_any_number_or_their_steps(runs, cap
     assert sample.main(args) == {(y, "steps 2"): {x: [result[y.split("/")[0]]["VQ"]]
                                                   for x, result in results.items()} for y in args.y}
     assert (runs / "drawn.png").read_bytes()[:4] == b"\x89PNG"
-    assert sample.main(replace(args, by=["ckpt"])).keys() == {(y, "ckpt base") for y in args.y}
     lines = sample.main(replace(args, compare=[f"{runs}/base"], x="step", by=[], y=["loss"]))
-    events = data.read_log(runs / "base")                                       # a log has ten or more
-    assert len(events) >= 10 and {e["step"]: [e["loss"]] for e in events} == lines["loss", ""]
-
-def test_rewards_are_compared_beside_the_ceiling(runs, capsys):
+    assert {e["step"]: [e["loss"]] for e in data.read_log(runs / "base")} == lines["loss", ""] and len(lines) == 1
+    capsys.readouterr()
     sample.main(sample.Args(compare=[f"{runs}/reward", f"{runs}/noisy"]))
     said, right = capsys.readouterr().out, read(runs / "noisy/eval.json")["by_t"]["0.0"]["Overall"]
     assert re.search(r"ceiling.*\n\| \S*/reward \|.*\n\| \S*/noisy \|", said)
@@ -681,10 +675,10 @@ def test_pairs_are_read_in_the_layouts_that_are_documented_and_with_the_slashes_
     with refusing("wanted are prompt, chosen, rejected"):                       # others are not guessed at
         read_pairs(tmp_path, "prompt,video1_path,video2_path,standard_answer", "p,a,b,video1")
 
-@pytest.mark.parametrize("name, text", enumerate([                              # all hold the same two prompts
+@pytest.mark.parametrize("name, text", [*enumerate([                            # all hold the same two prompts
     '["[a] b, c", "{d} e"]', '{"prompt": "[a] b, c"}\n{"prompt": "{d} e"}\n', '\ufeffprompt\n"[a] b, c"\n\n{d} e\n',
     "prompt;n\n[a] b, c;1\n{d} e;2\n", "n\tprompt\n1\t[a] b, c\n2\t{d} e\n",
-    f'prompt,n\n"[a] b, c",{"x" * 150_000}\n{{d}} e,1\n', "[a] b, c\n\n {d} e\n"]), ids=str)
+    f'prompt,n\n"[a] b, c",{"x" * 150_000}\n{{d}} e,1\n', "[a] b, c\n\n {d} e\n"])], ids=str)
 def test_the_format_of_a_table_is_in_its_content(name, text, tmp_path):
     (tmp_path / f"{name}.csv").write_text(text, encoding="utf-8")
     file = (tmp_path / f"{name}.csv").rename(tmp_path / "6.txt") if name == 6 else tmp_path / f"{name}.csv"
@@ -1252,14 +1246,13 @@ def test_the_doctor_names_each_disease_once_and_is_silent_on_health():
 
 def test_the_log_tells_the_logit_and_its_gradient_factor_and_beta_in_others_units():
     names = "t", "loss", "gap_w", "gap_l", "err_ref_w", "logit"
-    for logit in (-3.0, 0.0, 0.5, 20.0, 1000.0):
+    for logit in (-3.0, 0.0, 0.5, 1000.0):
         event = train_align.summary(names, tensor([[0.5, 0.7, 0.1, 0.2, 0.3, logit]]))
         assert event["logit"] == pytest.approx(abs(logit), abs=1e-4)
         assert event["grad_factor"] == pytest.approx(torch.sigmoid(tensor(-logit)).item(), rel=1e-3)
-    assert re.search("250 .* 0.0362 .* 13,824 numbers, 0.0181 ", train_align.beta_elsewhere(500.0, 13824))
     event = train_align.summary(names[:4], tensor([[0.1, 9.0, 0.1, 0.3], [0.9, 8.0, 0.2, 0.1]]))
     assert event["implicit_acc"] == 0.5 and event["margin"] == pytest.approx(0.05) and "logit" not in event
-    assert not train_align.diagnose([{"step": 10, **event}, {"step": 60, **event}])    # of a loss without one
+    assert re.search("250 .* 0.0362 .* 13,824 numbers, 0.0181 ", train_align.beta_elsewhere(500.0, 13824))
 
 @pytest.mark.parametrize("name", ["dpo", "pretrain", "reward"])
 def test_a_killed_run_resumes_to_the_same_bits(name, runs, tmp_path, monkeypatch, capsys):
@@ -1466,18 +1459,13 @@ def test_a_content_is_encoded_once_and_read_once(wan, tmp_path, monkeypatch):
     pixels = data.read_clip(wan / "v/a.mp4", 5, (32, 48))
     assert torch.equal(x0[0, 0], own(world, pixels[None])[0].bfloat16().float())
     assert text[0].any(1).sum() == 4                                            # three words, the end, zeros
-    file = world.cached[pairs.videos[1][0]]
-    file.unlink()
+    world.cached[pairs.videos[1][0]].unlink()
     monkeypatch.setattr(data, "content_hash", lambda path: opened.append(Path(path).suffix) or hash_of(path))
     again.encode(again.read(args), args)
     assert len(encoded) == 5 and torch.equal(again.latents(pairs, [0, 2, 1]), x0)
     assert opened and ".mp4" not in opened                                 # remembered by path, size and time
-    args.frames = 9
-    again.encode(again.read(args), args)  # other settings, other latents
-    assert len(encoded) == 9
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: data.save_cached(torch.zeros(50, 50), file), range(50)))
-    assert data.load_cached(file).shape == (50, 50)
+    again.encode(again.read(replace(args, frames=9)), replace(args, frames=9))
+    assert len(encoded) == 9                                               # other settings, other latents
 
 def test_what_is_cut_away_of_pictures_and_prompts_is_told(wan, tmp_path, capsys):
     write_clips(tmp_path, ["v/a.mp4", "v/b.mp4"], size=(96, 54))
@@ -1490,7 +1478,7 @@ def test_what_is_cut_away_of_pictures_and_prompts_is_told(wan, tmp_path, capsys)
     assert "1 of 2 prompts are cut at 512 tokens: 'a cat runs" in capsys.readouterr().out
 
 def test_a_lora_of_wan_loads_in_diffusers_and_a_second_round_starts_there_and_holds_both(wan, tmp_path):
-    one, batch = wan_args(wan, "", dtype="bf16", out=f"{tmp_path}/one"), wan_batch()
+    one, batch = wan_args(wan, "", dtype="bf16", steps=6, out=f"{tmp_path}/one"), wan_batch()
     two = replace(one, model=one.out, seed=1, out=f"{tmp_path}/two")
     train_align.main(replace(one))
     train_align.check_args(two, data.world_of(two.model))
@@ -1524,34 +1512,32 @@ def test_each_expert_is_trained_in_its_range_and_its_lora_loads_in_diffusers(wan
         train_align.main(replace(args, model=f"{tmp_path}/low", expert="high", out=f"{tmp_path}/x"))
     runs, world = [f"{tmp_path}/low", f"{tmp_path}/high"], data.world_of(folder)        # in any order
     both, one, plain = (sample.load_all(x, world, torch.float32) for x in (runs, runs[:1], [str(folder)]))
-    for t, same in ((0.9, True), (0.3, False)):                               # one run beside the plain other
-        assert torch.equal(one(*wan_batch(t)), plain(*wan_batch(t))) == same
     with refusing("must be one of each expert"):
         sample.load_all(runs[:1] * 2, world, torch.float32)
-    sample.main(sample.Args(ckpt=runs, prompt=["a cat"], steps=2, against="base", out=f"{tmp_path}/out"))
-    assert data.video_info(tmp_path / "out/start/000.mp4")[:2] == (5, 16.0)
     pipe = pipeline(folder, runs[1], runs[0])
     for t, theirs in ((0.9, pipe.transformer), (0.3, pipe.transformer_2)):
         assert_close(both(*wan_batch(t)), velocity_of(theirs, *wan_batch(t)))
+        assert torch.equal(one(*wan_batch(t)), plain(*wan_batch(t))) == (t == 0.9)  # beside the plain other
+    sample.main(sample.Args(ckpt=runs, prompt=["a cat"], steps=2, against="base", out=f"{tmp_path}/out"))
+    assert data.video_info(tmp_path / "out/start/000.mp4")[:2] == (5, 16.0)
 
 def test_the_5b_is_trained_and_written_at_its_own_rate_and_grid(wans, tmp_path):
-    args = wan_args(wans["5b"], "", size=(64, 96), steps=1, batch=2, accumulate=2,
-                    cache=f"{tmp_path}/cache", out=f"{tmp_path}/run")
+    args = wan_args(wans["5b"], "", size=(64, 96), steps=1, cache=f"{tmp_path}/cache", out=f"{tmp_path}/run")
     train_align.main(args)
     sample.main(sample.Args(ckpt=[args.out], prompt=["a cat"], steps=1, out=f"{tmp_path}/out"))
     assert data.video_info(tmp_path / "out/000.mp4") == (5, 24.0, 64, 96)
-    batch = wan_batch(channels=48)
-    theirs = pipeline(wans["5b"], args.out).transformer
+    theirs, batch = pipeline(wans["5b"], args.out).transformer, wan_batch(channels=48)
     assert_close(sample.load_model(args.out)(*batch), velocity_of(theirs, *batch))
 
 def test_a_run_is_sampled_as_it_was_trained_and_with_its_base_in_a_new_place(wan, tmp_path):
-    shutil.copytree(wan, tmp_path / "there", ignore=shutil.ignore_patterns("dpo", "runs"))
-    train_align.main(wan_args(tmp_path / "there", "run", cache=f"{tmp_path}/cache", steps=1))
-    args = sample.Args(ckpt=[f"{tmp_path}/there/run"], prompt=["a cat"], out=f"{tmp_path}/drawn")
-    sample.check_args(args, data.world_of(args.ckpt[0]))
+    there, here = tmp_path / "there", tmp_path / "here"
+    shutil.copytree(wan, there, ignore=shutil.ignore_patterns("cache"))
+    train_align.main(wan_args(there, "run", cache=f"{tmp_path}/cache", steps=1))
+    args = sample.Args(ckpt=[f"{there}/run"], prompt=["a cat"], out=f"{tmp_path}/drawn")
+    sample.check_args(args, data.world_of(there / "run"))
     assert (args.frames, *args.size, args.shift, args.cfg) == (5, 32, 48, 8.0, 6.0)
-    expected = sample.load_model(tmp_path / "there/run")(*wan_batch())
-    here = (tmp_path / "there").rename(tmp_path / "here")
+    expected = sample.load_model(there / "run")(*wan_batch())
+    there.rename(here)
     with refusing("there is no folder"):
         sample.load_model(here / "run")
     assert torch.equal(sample.load_model(here / "run", base=str(here))(*wan_batch()), expected)
@@ -1559,96 +1545,86 @@ def test_a_run_is_sampled_as_it_was_trained_and_with_its_base_in_a_new_place(wan
     assert data.video_info(tmp_path / "drawn/000.mp4") == (5, 16.0, 32, 48)
 
 def test_wan_trains_in_bf16_or_all_its_weights_in_fp32_and_checkpointing_moves_no_digit(wan, tmp_path):
-    for name, changes in (("sft", dict(loss="sft", dtype="bf16")), ("half", dict(dtype="bf16")),
-                          ("plain", dict(checkpointing=False)), ("kept", dict(checkpointing=True))):
-        train_align.main(wan_args(wan, name, steps=2, accumulate=1, batch=2, **changes))
-    assert_near(*(weights(wan / name / "lora.safetensors") for name in ("plain", "kept")), 1e-6)
-    plain, half = (data.read_log(wan / name)[-1]["err_ref_w"] for name in ("plain", "half"))
+    for name, changes in (("half", dict(dtype="bf16")), ("plain", dict(checkpointing=False)),
+                          ("kept", dict(checkpointing=True)), ("full", dict(loss="sft", lora_rank=0, dtype="bf16"))):
+        args = wan_args(wan, "", steps=1, lr=1e-4, out=f"{tmp_path}/{name}", **changes)
+        train_align.main(args)
+    assert_near(*(weights(tmp_path / name / "lora.safetensors") for name in ("plain", "kept")), 1e-6)
+    plain, half = (data.read_log(tmp_path / name)[-1]["err_ref_w"] for name in ("plain", "half"))
     assert plain != half and plain == pytest.approx(half, rel=0.02)
-    args = wan_args(wan, "", lora_rank=0, dtype="bf16", steps=1, lr=1e-5, out=f"{tmp_path}/run")
-    train_align.main(args)
-    saved = weights(tmp_path / "run/transformer/diffusion_pytorch_model.safetensors")
-    assert {x.dtype for x in saved.values()} == {torch.float32}
+    assert {x.dtype for x in weights(tmp_path / "full" / DIT).values()} == {torch.float32}
     m, _ = train_align.policy_and_reference(args, "cpu")
     v, m.compute_dtype = m(*wan_batch()), None                                  # under bf16 autocast
     assert 1e-5 < (v - m(*wan_batch())).norm() / v.norm() < 0.05
 
-def test_14b_is_sampled_with_numbers_of_its_own(wan, tmp_path):
-    large = shutil.copytree(wan, tmp_path / "large", ignore=shutil.ignore_patterns("cache", "*.mp4"))
-    config = read(wan / "transformer/config.json") | dict(num_attention_heads=40, attention_head_dim=128)
-    data.write_json(large / "transformer/config.json", config)
-    args = sample.Args(model=str(large), prompt=["a cat"], out=f"{tmp_path}/out")
-    sample.check_args(args, data.world_of(args.model))
-    assert (args.shift, args.cfg) == (5.0, 5.0)
-
-def test_each_expert_has_a_guidance_of_its_own_and_cfg_alone_is_of_both(wans, tmp_path):
+def test_each_expert_has_a_guidance_of_its_own_and_cfg_alone_is_of_both(wan, wans, tmp_path):
     folder, world = str(wans["a14b"]), data.world_of(wans["a14b"])
     model, texts = sample.load_all([folder], world, torch.float32), sample.embed_all(world, ["a cat"])
+
     def drawn(ts, high, low):
         found = sample.generate(model, world, ["a cat"], texts, 0, tensor(ts), (5, 32, 48), high, cfg_low=low)
         return next(found)[1]
     for ts, guided in (([1, 0.9], False), ([0.8, 0.0], True)):                  # the boundary is 0.875
         one, both, low = (drawn(ts, *scales) for scales in ((1, 1), (3, 3), (1, 3)))
         assert torch.equal(low, both if guided else one) and not torch.equal(one, both)
-    for given, found in (((None, None), (4.0, 3.0)), ((1.0, None), (1.0, 1.0)), ((1.0, 3.0), (1.0, 3.0))):
-        args = sample.Args(model=folder, prompt=["a cat"], cfg=given[0], cfg_low=given[1], out=f"{tmp_path}/out")
-        sample.check_args(args, world)
-        assert (args.cfg, args.cfg_low) == found
+    config = read(wan / "transformer/config.json") | dict(num_attention_heads=40, attention_head_dim=128)
+    (tmp_path / "14b/transformer").mkdir(parents=True)                          # which guides by a number of its own
+    data.write_json(tmp_path / "14b/transformer/config.json", config)
+    for path, given, found in ((folder, {}, (4.0, 3.0)), (folder, dict(cfg=1.0), (1.0, 1.0)), (
+            folder, dict(cfg=1.0, cfg_low=3.0), (1.0, 3.0)), (tmp_path / "14b", {}, (5.0, 5.0))):
+        args = sample.Args(model=str(path), prompt=["a cat"], out=f"{tmp_path}/out", **given)
+        sample.check_args(args, data.world_of(path))
+        assert (args.cfg, args.cfg_low if path == folder else args.shift) == found
 
 def test_all_lora_files_count_and_two_experts_take_two(wan, wans, tmp_path):
-    for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        save_lora(shake_lora(add_lora(sample.load_model(wan), 2, 2.0)), tmp_path / name)
-    files, world = [str(tmp_path / name) for name in "ab"], data.world_of(wan)
-    one, both = (sample.load_all([str(wan)], world, torch.float32, files[:n])(*wan_batch()) for n in (1, 2))
+    files, a14b, world = [str(tmp_path / name) for name in "ab"], str(wans["a14b"]), data.world_of(wans["a14b"])
+    for file in files:
+        save_lora(shake_lora(add_lora(sample.load_model(wan), 2, 2.0)), file)
+    one, both = (sample.load_all([str(wan)], data.world_of(wan), torch.float32, files[:n])(*wan_batch()) for n in (1, 2))
     joined = load_lora(load_lora(sample.load_model(wan), files[0]), files[1])(*wan_batch())
     assert torch.equal(both, joined) and not torch.equal(one, both)
-    world, plain = data.world_of(wans["a14b"]), [str(wans["a14b"])]
-    experts = sample.load_all(plain, world, torch.float32, files)
+    experts = sample.load_all([a14b], world, torch.float32, files)
     for t, part, file in ((0.9, "high", files[0]), (0.3, "low", files[1])):
-        m = load_lora(sample.load_model(wans["a14b"], expert=part), file)
+        m = load_lora(sample.load_model(a14b, expert=part), file)
         assert torch.equal(experts(*wan_batch(t)), m(*wan_batch(t)))
     for wrong in (files[:1], files + files[:1]):
         with refusing("--lora takes two files"):
-            sample.check_args(sample.Args(model=plain[0], prompt=["a cat"], lora=wrong, **CLIP), world)
+            sample.check_args(sample.Args(model=a14b, prompt=["a cat"], lora=wrong, **CLIP), world)
 
 def test_texts_come_first_and_then_one_model_at_a_time(wans, tmp_path, monkeypatch):
     events, models, load, embed = [], [], VideoDiT.from_pretrained.__func__, sample.embed_all
+
     def from_pretrained(*args):
         events.append(sum(any(p.device.type != "meta" for p in m.parameters()) for m in models))
         models.append(load(*args))
         return models[-1]
     monkeypatch.setattr(VideoDiT, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(sample, "embed_all", lambda *args: events.append("texts") or embed(*args))
-    sample.main(sample.Args(model=str(wans["a14b"]), against=str(wans["a14b"]), prompt=["a cat"], steps=2,
-                            out=f"{tmp_path}/out", **CLIP))
+    a14b = str(wans["a14b"])
+    sample.main(sample.Args(model=a14b, against=a14b, prompt=["a cat"], steps=2, out=f"{tmp_path}/out", **CLIP))
     assert events == ["texts", 0, 1, 0, 1]                                      # two experts, and two again
-    assert (tmp_path / "out/000.mp4").read_bytes() == (tmp_path / "out/start/000.mp4").read_bytes()
 
 def test_wan_is_sampled_side_by_side_under_the_names_that_vbench_expects(wan, tmp_path):
     (tmp_path / "prompts.csv").write_text(
         "prompt,prompt_shorter\na cat runs and runs,a cat runs\na dog sleeps,\na cat runs,\n")
-    train_align.main(wan_args(wan, "side", steps=1))
-    sample.main(sample.Args(ckpt=[f"{wan}/side"], prompts=f"{tmp_path}/prompts.csv", n_per_prompt=2, steps=2,
-                            against="base", out=f"{tmp_path}/out", **CLIP))
+    sample.main(sample.Args(model=str(wan), prompts=f"{tmp_path}/prompts.csv", n_per_prompt=2, steps=1,
+                            against=str(wan), out=f"{tmp_path}/out", **CLIP))
     names = {f"a cat runs-{i}.mp4" for i in range(4)} | {f"a dog sleeps-{i}.mp4" for i in range(2)}
     for folder in (tmp_path / "out", tmp_path / "out/start"):
         assert {p.name for p in folder.glob("*.mp4")} == names and (folder / "samples.webp").exists()
-    frames, fps = data.read_video(tmp_path / "out/a dog sleeps-1.mp4")
-    assert frames.shape == (5, 32, 48, 3) and fps == 16
+    files = [tmp_path / folder / "a dog sleeps-1.mp4" for folder in ("out", "out/start")]
+    assert files[0].read_bytes() == files[1].read_bytes() and data.video_info(files[0]) == (5, 16.0, 32, 48)
 
 def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path):
-    noisy = f"{tmp_path}/noisy"
-    train_reward.main(noisy_args(wan, noisy, steps=4, lr=1e-3))
-    train_align.main(wan_args(wan, "guided", loss="rwr", labels="reward", reward=noisy, steps=2))
-    args = sample.Args(model=str(wan), prompt=["a cat runs"], n_per_prompt=2, steps=3,
-                       out=f"{tmp_path}/plain", **CLIP)
+    noisy, run = f"{tmp_path}/noisy", f"{tmp_path}/run"
+    train_reward.main(noisy_args(wan, noisy, steps=2, lr=1e-3))
+    train_align.main(wan_args(wan, "", loss="rwr", labels="reward", reward=noisy, steps=1, out=run))
+    args = sample.Args(model=str(wan), prompt=["a cat runs"], n_per_prompt=2, steps=2, out=f"{tmp_path}/plain", **CLIP)
     sample.main(replace(args))
-    result = sample.main(replace(args, ckpt=[f"{wan}/guided"], nrg=noisy, against="base", reward=noisy,
-                                 out=f"{tmp_path}/out"))
+    drawn = replace(args, ckpt=[run], nrg=noisy, against="base", reward=noisy, out=f"{tmp_path}/out")
+    result = sample.main(drawn)
     assert set(result["win_rate"]) == {*DIMS, "Overall"} and read(tmp_path / "out/eval.json") == result
-    plain, guided, start = (data.read_video(tmp_path / name / "001.mp4")[0]
-                            for name in ("plain", "out", "out/start"))
+    plain, guided, start = (data.read_video(tmp_path / x / "001.mp4")[0] for x in ("plain", "out", "out/start"))
     assert not np.array_equal(plain, guided) and np.array_equal(plain, start)   # the same noise, unguided
     pairs = data.read_pairs(tmp_path / "out/pairs.csv")
     assert pairs.label[0, 3] == 1 and {path.name for path in pairs.videos[0]} == {"000.mp4", "001.mp4"}
@@ -1661,11 +1637,12 @@ def test_a_latent_reward_of_wan_computes_in_bf16_and_its_gradient_is_fp32(wan):
     assert torch.autograd.grad(score.sum(), x)[0].dtype == torch.float32
 
 def test_videoreward_labels_the_pairs_of_wan_and_judges_what_it_draws(wan, qwen, tmp_path, capsys):
-    judge = dict(reward=f"{qwen[0]}/released", template=f"{qwen[0]}/prompt_template.py")
-    train_align.main(wan_args(wan, "judged", loss="rwr", labels="reward", steps=2, **judge))
+    judge = dict(zip(("reward", "template"), released(qwen)))
+    args = wan_args(wan, "", loss="rwr", labels="reward", steps=1, cache=f"{tmp_path}/c", out=f"{tmp_path}/run", **judge)
+    train_align.main(args)
     assert "3 of 3 pairs labelled by reward" in capsys.readouterr().out
-    assert len([*(wan / "cache").glob("score-*")]) >= 5                         # distinct videos and prompts
-    result = sample.main(sample.Args(ckpt=[f"{wan}/judged"], prompt=["a dog runs"], n_per_prompt=2, steps=2,
+    assert len([*(tmp_path / "c").glob("score-*")]) == 5                        # distinct videos and prompts
+    result = sample.main(sample.Args(ckpt=[args.out], prompt=["a dog runs"], n_per_prompt=2, steps=1,
                                      against="base", out=f"{tmp_path}/out", **CLIP, **judge))
     assert result["n"] == 2 and result["judge"] == judge["reward"]
 
