@@ -27,7 +27,6 @@ import sys
 import tempfile
 import textwrap
 import time
-
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -1131,7 +1130,8 @@ def test_a_checkpoint_without_constants_gives_raw_scores_and_says_so_once(qwen, 
 # A run is its command: it says how it goes, may be cut anywhere, and gives the same numbers all the same.
 
 @pytest.mark.parametrize("name, changes", [
-    ("dpo", dict(labels="oracle", beta_schedule="(1-t)^2")), ("dpo_ta", dict(dim_w=(0.0, 0.0, 1.0), lora_rank=0)),
+    ("dpo", dict(labels="oracle", beta_schedule="(1-t)^2")),
+    ("dpo_ta", dict(dim_w=(0.0, 0.0, 1.0), lora_rank=0)),
     ("sft", dict(loss="sft", labels="human")), ("rwr", dict(loss="rwr", lora_rank=0, steps=20))])
 def test_each_objective_trains_and_its_loss_falls(runs, name, changes):
     run, result = runs / name, align(runs, runs / name, **dict(steps=12, eval_n=2) | changes)
@@ -2006,7 +2006,7 @@ def main_killed(script, args, step, monkeypatch):
         script.main(args)
 
 def torchrun(folder, code):
-    """What came of this code in two processes that know train_align: one torchrun, as its start takes long."""
+    """What came of this code in two processes that know train_align: one torchrun, as it starts slowly."""
     head = "import data, train_align\nfrom train_align import Args, main\n"
     (folder / "two.py").write_text(head + textwrap.dedent(code))
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:
