@@ -5,6 +5,7 @@
     python test_all.py --bench --preset wan-1.3b --dtype bf16 --checkpointing
     python test_all.py --gpu                                ten minutes on a GPU: tables, and gpu.json
 """
+import ast
 import contextlib
 import copy
 import csv
@@ -24,11 +25,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -182,6 +183,29 @@ def test_imports_stay_light_so_that_a_loss_or_the_model_can_be_copied_out():
     code = f"import sys, model, losses, data, reward; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
 
+def test_the_code_stays_small():
+    """Lines of code are those that are not blank, comment or docstring; whoever adds, removes."""
+    budgets = dict(model=380, losses=62, data=900, reward=430, sample=430, train_reward=250, train_align=390)
+    in_all, tests, function, width = 2800, 1900, 62, 110
+    found, over, whole = {}, [], (HERE / "test_all.py").read_text().splitlines()
+    for name in budgets:
+        lines = (HERE / f"{name}.py").read_text().splitlines()
+        nodes, docs = [*ast.walk(ast.parse("\n".join(lines)))], set()
+        for node in nodes:
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                docs |= set(range(node.body[0].lineno - 1, node.body[0].end_lineno))
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= function:
+                over.append(f"{name}.{node.name} has more than {function} lines")
+        code = [line for i, line in enumerate(lines) if i not in docs and not re.match(r"\s*(#|$)", line)]
+        found[name] = len(code)
+        over += [f"{name}.py has a line of {len(line)}, not {width}" for line in lines if len(line) > width]
+    over += [f"test_all.py has a line of {len(line)}, not {width}" for line in whole if len(line) > width]
+    over += [f"{name}.py has {found[name]} lines of code, not {budgets[name]}" for name in budgets
+             if found[name] > budgets[name]]
+    over += [f"all have {sum(found.values())}, not {in_all}"] if sum(found.values()) > in_all else []
+    over += [f"test_all.py has {len(whole)} lines, not {tests}"] if len(whole) > tests else []
+    assert not over, "\n".join(over)
+
 def test_presets_have_the_published_sizes_and_official_names():
     for name, billions in (("wan-14b", 14.288), ("wan-2.2-5b", 5.000), ("wan-1.3b", 1.419)):
         with torch.device("meta"):
@@ -216,11 +240,6 @@ def test_diffusers_wan_gives_the_same_output_and_reads_what_we_write(wan, tmp_pa
     batch = random_batch()                                                      # patches of two frames
     assert_close(toy(*batch), velocity_of(diffusers_dit(tmp_path / "toy"), *batch))
 
-def test_adapters_are_a_function_of_the_seed_and_leave_the_global_generator_alone():
-    m, state = random_model(), torch.get_rng_state()
-    a, b, c = (add_lora(copy.deepcopy(m), 2, 4.0, seed=i).blocks[0].self_attn.q.lora_A for i in (0, 0, 1))
-    assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.get_rng_state(), state)
-
 def lora_metadata(folder, alpha, **changes):
     """The metadata of a LoRA file whose alpha stands in its header, or {} and the file beside it."""
     settings = LORA_SETTINGS | changes
@@ -231,41 +250,35 @@ def lora_metadata(folder, alpha, **changes):
 
 @pytest.mark.parametrize("layout", LORA_LAYOUTS)
 def test_lora_files_of_every_trainer_load_to_the_same_model_and_a_second_one_adds_up(layout, tmp_path):
-    m, batch, tensors = shake_lora(add_lora(random_model(), 2, 4.0)), random_batch(), {}
+    m, batch, tensors, file = shake_lora(add_lora(random_model(), 2, 4.0)), random_batch(), {}, tmp_path / "x"
     prefix, a, b, alpha = LORA_LAYOUTS[layout]
     for name, layer in m.named_modules():
         if isinstance(layer, model_file.LoRALinear):
             name = name.replace(".", "_") if layout == "kohya" else name
-            name = model_file.to_diffusers(name) if layout in ("diffusers", "peft") else name
-            tensors[f"{prefix}{name}.{a}"] = layer.lora_A
-            tensors[f"{prefix}{name}.{b}"] = layer.lora_B if alpha != "B" else 2 * layer.lora_B
-            tensors |= {f"{prefix}{name}.alpha": tensor(4.0)} if alpha == "tensor" else {}
-    file = tmp_path / "x.safetensors"
+            name = prefix + (model_file.to_diffusers(name) if layout in ("diffusers", "peft") else name)
+            tensors |= {f"{name}.{a}": layer.lora_A, f"{name}.{b}": layer.lora_B * (2 if alpha == "B" else 1)}
+            tensors |= {f"{name}.alpha": tensor(4.0)} if alpha == "tensor" else {}
     model_file.save_tensors(tensors, file, lora_metadata(tmp_path, alpha))
     if layout == "ours":
         save_lora(m, file)
         assert_near(weights(file), tensors, 0)
         assert tensors.keys() == LORA_NAMES
-    again = load_lora(random_model(), file)
-    assert torch.allclose(again(*batch), m(*batch), atol=1e-5)
     assert "transformer.blocks.0.attn1.to_out.0.lora_A.weight" in tensors or layout != "diffusers"
-    base, once, twice = random_model()(*batch), m(*batch), load_lora(again, file)(*batch)
-    assert (twice - once).norm() > 0.1 * (once - base).norm()
+    base, once, again = random_model()(*batch), m(*batch), load_lora(random_model(), file)
+    assert torch.allclose(again(*batch), once, atol=1e-5)
+    assert (load_lora(again, file)(*batch) - once).norm() > 0.1 * (once - base).norm()
 
 def test_a_lora_tensor_that_has_no_place_is_named(tmp_path):
     q, x = "diffusion_model.blocks.0.self_attn.q", torch.ones(2, 48)
     pair = {f"{q}.lora_A.weight": x, f"{q}.lora_B.weight": x.T}
     for tensors, says in (
             *((pair | {f"diffusion_model.blocks.{name}": x}, f"blocks.{name} has no place") for name in (
-                "0.self_attn.q.dora_scale", "0.self_attn.q.lora_B.bias", "0.self_attn.k.lokr_w1",
-                "0.self_attn.q.alpha", "0.self_attn.k.hada_w1_a", "0.ffn.0.diff_b",
-                "0.cross_attn.k_img.lora_A.weight", "9.self_attn.q.lora_A.weight")),
-            ({"blocks.0.self_attn.q.lora_A.default.weight": x}, "default.weight has no place"),
+                "0.self_attn.q.dora_scale", "0.self_attn.q.alpha", "0.self_attn.k.lokr_w1",
+                "0.self_attn.k.hada_w1_a", "0.ffn.0.diff_b", "9.self_attn.q.lora_A.weight")),
             (pair | {q.replace("q", "k") + ".lora_A.weight": x}, "blocks.0.self_attn.k is no pair"),
             (pair | {f"{q}.lora_A.weight": torch.ones(2, 49)}, r"is no pair of this model: A \[2, 49\]"),
             (pair | {f"{q}.lora_down.weight": x}, "lora_(A|down).weight has no place"),  # A for a second time
-            (pair | {f"{q}.lora_B.weight": torch.ones(48)}, "no pair"), ({}, "no adapters"),
-            (pair | {f"{q}.lora_A.weight": x / 0}, "lora_A.weight .* not finite")):
+            ({}, "no adapters"), (pair | {f"{q}.lora_A.weight": x / 0}, "lora_A.weight .* not finite")):
         model_file.save_tensors({name: y.clone() for name, y in tensors.items()}, tmp_path / "x")
         with refusing(says):
             load_lora(random_model(), tmp_path / "x")
@@ -276,7 +289,7 @@ def test_a_strength_that_is_not_one_alpha_over_rank_is_refused_by_name(layout, t
     q, x = f"{prefix}blocks.0.attn1.to_q", torch.ones(2, 48)
     pair = {f"{q}.{a}": x, f"{q}.{b}": x.T}
     for name, value in (("use_rslora", True), ("use_dora", True), ("rank_pattern", {"to_k": 2}),
-                        ("alpha_pattern", {"to_k": 2}), ("lora_alpha", "2"), ("lora_alpha", None)):
+                        ("alpha_pattern", {"to_k": 2}), ("lora_alpha", None)):
         model_file.save_tensors(pair, tmp_path / "x", lora_metadata(tmp_path, alpha, **{name: value}))
         with refusing(f"{'x' if alpha == 'header' else alpha}: .*{name}"):
             load_lora(random_model(), tmp_path / "x")
@@ -286,53 +299,43 @@ def test_a_strength_that_is_not_one_alpha_over_rank_is_refused_by_name(layout, t
         load_lora(random_model(), tmp_path / "x")                               # diffusers: alpha is the rank
 
 def test_the_index_says_which_shards_are_the_weights(tmp_path):
-    name, m = "diffusion_pytorch_model", random_model()
-    m.save_pretrained(tmp_path)
-    tensors, other = weights(tmp_path / f"{name}.safetensors"), VideoDiT(TINY)
+    name, m, other = "diffusion_pytorch_model", random_model(), VideoDiT(TINY)
     other.save_pretrained(tmp_path)
+    m.save_pretrained(tmp_path / "m")
+    tensors = weights(tmp_path / f"m/{name}.safetensors")
     shards = {key: f"{name}-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(tensors)}
     for shard in set(shards.values()):
-        part = {key: x for key, x in tensors.items() if shards[key] == shard}
-        model_file.save_tensors(part, tmp_path / shard)
-    assert torch.equal(VideoDiT.from_pretrained(tmp_path).head.head.weight, other.head.head.weight)
+        model_file.save_tensors({k: x for k, x in tensors.items() if shards[k] == shard}, tmp_path / shard)
+    assert_near(VideoDiT.from_pretrained(tmp_path).state_dict(), other.state_dict(), 0)
     data.write_json(tmp_path / f"{name}.safetensors.index.json", {"weight_map": shards})
     assert_near(VideoDiT.from_pretrained(tmp_path).state_dict(), m.state_dict(), 0)
     (tmp_path / shard).unlink()
     with refusing(shard):
         VideoDiT.from_pretrained(tmp_path)
 
-def test_weights_with_nan_are_refused_by_their_names(tmp_path):
+def test_weights_and_videos_that_are_not_finite_end_the_run_by_their_names(tmp_path):
     m = random_model()
-    m.blocks[1].ffn[0].bias.data[3] = NAN
+    m.blocks[1].self_attn.v.weight.data[0, 0] = NAN
     m.save_pretrained(tmp_path)
-    with refusing("diffusion_pytorch_model.safetensors: blocks.1.ffn.net.0.proj.bias .* not finite"):
+    with refusing("diffusion_pytorch_model.safetensors: blocks.1.attn1.to_v.weight .* not finite"):
         VideoDiT.from_pretrained(tmp_path)
+    with refusing(f"the video of '{PROMPTS[0]}' is not finite"):
+        sample.toy_videos(m, PROMPTS[:1], 0, steps=1)
 
 def test_decoupled_gives_the_same_gradient_in_half_of_the_memory():
     m = shake_lora(add_lora(random_model(replace(TINY, num_layers=3)), 2, 4.0))
     x0, eps, t = torch.randn(1, 2, 3, 8, 24, 24), torch.randn(1, 3, 8, 24, 24), torch.tensor([0.4])
-    text, ref = torch.randn(1, 8, 32), torch.tensor([1.0])
+    batch, ref = (m, x0, torch.randn(1, 8, 32), t, eps), torch.tensor([1.0])
 
-    def backward(decoupled):
+    def backward(pairs):
         m.zero_grad()
-        both = [] if decoupled else [train_align.velocity_errors(m, x0, text, t, eps).unbind(1)]
-        for err_w, err_l in both or train_align.error_pairs(m, x0, text, t, eps):
+        for err_w, err_l in pairs():
             flow_dpo(err_w, err_l, ref, 1.01 * ref, 100.0).sum().backward()
         return [p.grad.clone() for p in m.parameters() if p.requires_grad]
-    together, most = kept_for_backward(m, lambda: backward(False))
-    apart, half = kept_for_backward(m, lambda: backward(True))
-    largest = max(x.norm() for x in together)
-    assert all((a - b).norm() < 1e-6 * largest for a, b in zip(together, apart)) and half <= 0.55 * most
-
-def test_a_block_keeps_no_more_for_its_backward_pass_than_diffusers():
-    from diffusers import WanTransformer3DModel
-    config = model_file.Config(dim=96, ffn_dim=192, text_dim=32, num_heads=2, num_layers=2)
-    theirs = WanTransformer3DModel.from_config(config.to_diffusers()).requires_grad_(False)
-    ours, x = VideoDiT(config).requires_grad_(False), torch.randn(1, 16, 3, 8, 8, requires_grad=True)
-    batch = x, torch.rand(1), torch.randn(1, 64, 32)                            # frozen, as beside adapters
-    _, own = kept_for_backward(ours, lambda: ours(*batch))
-    _, other = kept_for_backward(theirs, lambda: velocity_of(theirs, *batch))
-    assert own <= 1.005 * other
+    a, most = kept_for_backward(m, lambda: backward(lambda: [train_align.velocity_errors(*batch).unbind(1)]))
+    b, half = kept_for_backward(m, lambda: backward(lambda: train_align.error_pairs(*batch)))
+    largest = max(x.norm() for x in a)
+    assert all((x - y).norm() < 1e-6 * largest for x, y in zip(a, b)) and half <= 0.55 * most
 
 def test_checkpointing_keeps_of_a_block_its_input_and_what_self_attention_gives():
     batch, kept = (torch.randn(2, 3, 8, 24, 24), torch.rand(2), torch.randn(2, 8, 32)), []
@@ -356,20 +359,20 @@ def test_compiled_blocks_stay_compiled_for_all_sizes_with_and_without_gradients_
     with torch._dynamo.config.patch(recompile_limit=4):                       # half of torch's, to save time
         m.compile_blocks()
         counters.clear()
-        for batch in (1, 2):
-            x, t, text = torch.randn(batch, 3, 2, 8, 8), torch.rand(batch), torch.randn(batch, 8, 32)
-            with torch.no_grad(), lora_disabled(m):
-                m(x, t, text)
+        for b in (1, 2):
+            batch = torch.randn(b, 3, 2, 8, 8), torch.rand(b), torch.randn(b, 8, 32)
             with torch.no_grad():
-                m(x, t, text)
+                with lora_disabled(m):
+                    m(*batch)
+                m(*batch)
             for each in (m, plain):
-                each(x, t, text).square().mean().backward()
+                each(*batch).square().mean().backward()
     torch._dynamo.reset()
     assert counters["frames"]["total"] == counters["frames"]["ok"] > 4
-    for p, q in zip(m.parameters(), plain.parameters()):
-        assert p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-7)
+    assert all(p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-7)
+               for p, q in zip(m.parameters(), plain.parameters()))
 
-def test_the_same_tensors_and_metadata_give_the_same_bytes(tmp_path):
+def test_the_same_tensors_and_metadata_give_the_same_bytes_in_a_file_of_the_usual_mode(tmp_path):
     tensors, metadata = {"b": torch.rand(2), "a": torch.rand(3).half()}, {"z": "1", "é": '"\n', "b": "2"}
     for _ in range(9):
         model_file.save_tensors(tensors, tmp_path / "x", metadata)
@@ -379,14 +382,8 @@ def test_the_same_tensors_and_metadata_give_the_same_bytes(tmp_path):
     found, said = read_tensors(tmp_path / "x")
     assert said == metadata | {"format": "pt"}
     assert_near(found, tensors, 0)
-
-def test_files_have_the_mode_that_the_umask_says(tmp_path):
-    before = os.umask(0o027)
-    try:
-        model_file.save_tensors({"x": torch.zeros(1)}, tmp_path / "x")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "z").touch()                                                    # as the umask says
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "z").stat().st_mode
 
 # ---- sampling ----
 # A sample is a function of the seed and its number; guidance, win rates and tables are plain arithmetic.
@@ -398,34 +395,22 @@ def test_timesteps_are_even_then_shifted_as_in_official_wan_from_exactly_1_to_ex
         ts = timesteps(7, shift / 100)
         assert ts[0] == 1 and ts[-1] == 0 and (ts.diff() < 0).all()
 
-def test_sampling_is_a_function_of_seed_and_index():
-    def videos(seed, batch):
-        return sample.toy_videos(random_model(), PROMPTS[:3], seed, steps=2, batch=batch)
-    a = videos(1, 3)
-    assert torch.equal(a, videos(1, 3)) and torch.allclose(a, videos(1, 2), atol=1e-5)
-    assert (a - videos(2, 3)).abs().max() > 0.1
-
-def test_the_start_of_an_alignment_is_drawn_once_and_kept_by_all_that_it_depends_on(runs, tmp_path, monkeypatch):
-    drawn, own = [], train_align.toy_videos
+def test_the_start_of_an_alignment_is_drawn_once_and_kept_by_its_inputs(runs, tmp_path, monkeypatch):
+    drawn, results, own = [], [], train_align.toy_videos
     monkeypatch.setattr(train_align, "toy_videos", lambda *args: drawn.append(1) or own(*args))
-
-    def judged(name, **changes):
+    for changes, n in (({}, 2), (dict(loss="sft"), 1), (dict(seed=1), 2), (dict(dtype="bf16"), 2),
+                       (dict(model=f"{tmp_path}/0"), 2)):                       # adapters on the base
+        out = tmp_path / str(len(results))
+        results.append(align(runs, out, **SHORT | changes | dict(cache=f"{tmp_path}/cache")))
+        assert len(drawn) == n, changes
         drawn.clear()
-        return align(runs, tmp_path / name, steps=1, eval_n=2, cache=f"{tmp_path}/cache", **changes)
-    first = judged("first")
-    assert len(drawn) == 2
-    again = judged("again", loss="sft")  # another run from the same start
-    assert len(drawn) == 1 and again["oracle_start"] == first["oracle_start"]
-    for changes in (dict(seed=1), dict(dtype="bf16"), dict(model=f"{tmp_path}/first")):  # adapters on the base
-        judged(f"other{len(str(changes))}", **changes)
-        assert len(drawn) == 2, changes
+    assert results[0]["oracle_start"] == results[1]["oracle_start"]
 
 def test_the_anchor_holds_the_winner_near_the_reference(runs, tmp_path):
-    errors = []
-    for anchor in (0.0, 5.0):
-        align(runs, tmp_path / f"{anchor}", n_pairs=4, batch=4, steps=12, anchor=anchor, eval_n=1, eval_steps=1)
-        errors.append(data.read_log(tmp_path / f"{anchor}")[-1]["gap_w"])
-    assert errors[1] < errors[0]
+    for anchor in (0, 5):
+        align(runs, tmp_path / f"{anchor}", **SHORT | dict(batch=4, steps=10, anchor=float(anchor)))
+    free, held = (data.read_log(tmp_path / name)[-1]["gap_w"] for name in "05")
+    assert held < free
 
 def test_a_win_rate_drops_exact_ties():
     assert sample.win_rate(tensor([1.0, 2.0, 3.0, 0.0]), tensor([0.0, 2.0, 0.0, 1.0])) == 2 / 3
@@ -455,9 +440,9 @@ def write_run(folder, result, **args):
     """A finished run's folder with these results and arguments."""
     folder.mkdir(parents=True)
     data.write_json(folder / "config.json", {"args": args | {"out": str(folder)}})
-    dims = (*DIMS, "Overall")
-    data.write_json(folder / "eval.json", {"win_rate": dict.fromkeys(dims, 0.5), "n": 4} | {
-        key: dict(zip(dims, x)) if isinstance(x, tuple) else x for key, x in result.items()})
+    result = {"win_rate": (0.5,) * 4, "n": 4} | result
+    data.write_json(folder / "eval.json", {
+        key: dict(zip((*DIMS, "Overall"), x)) if isinstance(x, tuple) else x for key, x in result.items()})
     return folder
 
 def rows_of_table(capsys, *folders):
@@ -488,15 +473,14 @@ def test_runs_are_one_row_if_seeds_alone_tell_them_apart_however_far_back(tmp_pa
         write_run(tmp_path / f"{seed}/sft", {}, seed=seed, lr=2.0)
         write_run(tmp_path / f"{seed}/own", {}, seed=seed, lr=1.0, pairs=f"{tmp_path}/{seed}/dpo/pairs.csv")
         (tmp_path / f"{seed}/dpo/pairs.csv").touch()
-    again = write_run(tmp_path / "again", {}, seed=0, lr=1.0)                   # by other code
-    drawn = [write_run(tmp_path / f"drawn {i}", {}, seed=seed, cfg=1.0, ckpt=[f"{tmp_path}/{place}"])
-             for i, (seed, place) in enumerate(((0, "0/dpo"), (0, "1/dpo"), (0, "0/sft")))]
-    def rows(*folders):
-        return [row[-1] for row in rows_of_table(capsys, *folders)]
-    assert rows(tmp_path / "0/dpo", tmp_path / "1/dpo") == ["2 x 4"] == rows(*drawn[:2])
-    assert rows(tmp_path / "0/own", tmp_path / "1/own") == ["2 x 4"] and rows(*[again] * 2) == ["1 x 4"]
-    assert rows(tmp_path / "0/dpo", again) == rows(tmp_path / "0/dpo", tmp_path / "0/sft") == ["1 x 4"] * 2
-    assert rows(drawn[0], drawn[2]) == ["1 x 4"] * 2
+    write_run(tmp_path / "again", {}, seed=0, lr=1.0)                           # by other code
+    for i, place in enumerate(("0/dpo", "1/dpo", "0/sft")):
+        write_run(tmp_path / f"drawn{i}", {}, seed=0, cfg=1.0, ckpt=[f"{tmp_path}/{place}"])
+    for names, count in (("0/dpo 1/dpo", ["2 x 4"]), ("drawn0 drawn1", ["2 x 4"]), ("0/own 1/own", ["2 x 4"]),
+                         ("again again", ["1 x 4"]), ("0/dpo again", ["1 x 4"] * 2),
+                         ("0/dpo 0/sft", ["1 x 4"] * 2), ("drawn0 drawn2", ["1 x 4"] * 2)):
+        rows = rows_of_table(capsys, *(tmp_path / name for name in names.split()))
+        assert [row[-1] for row in rows] == count, names
 
 def test_validation_runs_choose_the_guidance_at_which_held_out_ones_are_shown(tmp_path, capsys):
     def run(cfg, split, seed, closed):
@@ -511,21 +495,21 @@ def test_validation_runs_choose_the_guidance_at_which_held_out_ones_are_shown(tm
     assert {row[3] for row in rows_of_table(capsys, *val)} == {"1.5", "2.5", "4.5"}
 
 def test_a_hacked_reward_is_named_and_a_good_run_is_not():
-    video = clean_videos(PROMPTS[::4])
+    video, look = clean_videos(PROMPTS[::4]), sample.pixel_statistics
     grey, still = video.mean(1, keepdim=True).expand_as(video), video[:, :, :1].expand_as(video)
-
-    def said(now=video, oracle=0.8, reward=0.9):
-        rates = {"win_rate": {"Overall": oracle}, "win_rate_reward": {"Overall": reward}}
-        return sample.hacking(rates | {"pixels": look(now), "pixels_start": look(video)})
-    look = sample.pixel_statistics
     assert look(video).keys() == {"motion", "saturation", "brightness"}
-    assert not said() and not said(grey, reward=0.4)
-    assert re.search(r"in 90%, but saturation fell from 0\.\d+ to 0.000$", said(grey))
-    assert re.search(r"but motion fell from 0\.\d+ to 0.000$", said(still))
-    assert "the oracle prefers them in 30% only" in said(oracle=0.3)
+    for now, wins, reward_wins, says in (
+            (video, 0.8, 0.9, "^$"), (grey, 0.8, 0.4, "^$"),
+            (video, 0.3, 0.9, "the oracle prefers them in 30% only"),
+            (grey, 0.8, 0.9, r"in 90%, but saturation fell from 0\.\d+ to 0.000$"),
+            (still, 0.8, 0.9, r"but motion fell from 0\.\d+ to 0.000$")):
+        rates = {"win_rate": {"Overall": wins}, "win_rate_reward": {"Overall": reward_wins}}
+        said = sample.hacking(rates | {"pixels": look(now), "pixels_start": look(video)})
+        assert re.search(says, said or "")
 
-def test_runs_are_drawn_side_by_side_or_over_any_number_or_their_steps(runs, capsys):
-    results = {x: sample.main(job("win rates", runs, runs / f"scale{x:g}", rg_scale=x)[1]) for x in (1.0, 30.0)}
+def test_runs_are_drawn_side_by_side_or_over_a_number_and_rewards_beside_a_ceiling(runs, capsys):
+    results = {x: sample.main(job("win rates", runs, runs / f"scale{x:g}", rg_scale=x)[1])
+               for x in (1.0, 30.0)}
     args = sample.Args(compare=[f"{runs}/scale1", f"{runs}/scale30"])
     sample.main(args)
     assert "| wins, % | oracle |" in capsys.readouterr().out and (runs / "compare.webp").exists()
@@ -533,22 +517,13 @@ def test_runs_are_drawn_side_by_side_or_over_any_number_or_their_steps(runs, cap
     assert sample.main(args) == {(y, "steps 2"): {x: [result[y.split("/")[0]]["VQ"]]
                                                   for x, result in results.items()} for y in args.y}
     assert (runs / "drawn.png").read_bytes()[:4] == b"\x89PNG"
-    assert sample.main(replace(args, by=["ckpt"])).keys() == {(y, "ckpt base") for y in args.y}
     lines = sample.main(replace(args, compare=[f"{runs}/base"], x="step", by=[], y=["loss"]))
-    events = data.read_log(runs / "base")                                       # a log has ten or more
-    assert len(events) >= 10 and {e["step"]: [e["loss"]] for e in events} == lines["loss", ""]
-
-def test_rewards_are_compared_beside_the_ceiling(runs, capsys):
+    assert lines == {("loss", ""): {e["step"]: [e["loss"]] for e in data.read_log(runs / "base")}}
+    capsys.readouterr()
     sample.main(sample.Args(compare=[f"{runs}/reward", f"{runs}/noisy"]))
     said, right = capsys.readouterr().out, read(runs / "noisy/eval.json")["by_t"]["0.0"]["Overall"]
     assert re.search(r"ceiling.*\n\| \S*/reward \|.*\n\| \S*/noisy \|", said)
     assert said.strip().endswith(f"{100 * right['without']:.1f} / {100 * right['with']:.1f} |")
-
-def test_a_video_that_is_not_finite_ends_the_run_by_its_prompt():
-    m = random_model()
-    m.blocks[1].self_attn.v.weight.data[0, 0] = NAN
-    with refusing(f"the video of '{PROMPTS[0]}' is not finite"):
-        sample.toy_videos(m, PROMPTS[:1], 0, steps=1)
 
 ODD = ("/", "..", " . ", "\u3000", "\\", "C:\\", "\n", "\u2028", '? "<*>" |', "\x00", "\x85", "é.", "x" * 400)
 
@@ -559,34 +534,35 @@ def test_every_name_that_is_written_reads_back_and_is_allowed_everywhere(runs, t
     sample.main(sample.Args(model=f"{runs}/base", prompts=f"{tmp_path}/odd.jsonl", n_per_prompt=2, steps=1,
                             cfg=1.0, reward="oracle", out=f"{tmp_path}/out"))
     pairs = data.read_pairs(tmp_path / "out/pairs.csv")                         # or it says what is not there
-    names = {Path(path).name for pair in pairs.videos for path in pair}
+    names = {path.name for pair in pairs.videos for path in pair}
     assert names == {file.name for file in (tmp_path / "out").glob("*.mp4")} and len(pairs) == len(odd)
     assert len({name.lower() for name in names}) == 2 * len(odd)                # no case tells two apart
     assert {f"{PROMPTS[0]}-0.mp4", f"{PROMPTS[0]} .-0.mp4"} <= names            # as VBench has them
     assert not any(re.search(r'[<>:"/\\|?*\x00-\x1f]|^[ .]', name) for name in names)
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_killed_sampling_goes_on_to_the_same_files_and_keeps_what_is_there(batch, runs, tmp_path, monkeypatch):
-    args = sample.Args(model=f"{runs}/base", prompt=PROMPTS[:3], n_per_prompt=2, steps=2, batch=batch,
+def test_killed_sampling_goes_on_to_the_same_files_and_keeps_what_is_there(runs, tmp_path, monkeypatch):
+    args = sample.Args(model=f"{runs}/base", prompt=PROMPTS[:3], n_per_prompt=2, steps=1, cfg=1.0, batch=3,
                        reward=f"{runs}/reward", out=f"{tmp_path}/run", resume=True)
     sample.main(replace(args, out=f"{tmp_path}/whole"))
-    own, written = sample.write_video, []
+    own, written, log = sample.write_video, [], tmp_path / "run/scores.jsonl"
+
     def until_the_fifth(file, *rest):
-        if (tmp_path / "run/003.mp4").exists():
+        if len(written) == 4:
             raise Killed
+        written.append(file.stem)
         own(file, *rest)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(sample, "write_video", until_the_fifth)
+    monkeypatch.setattr(sample, "write_video", until_the_fifth)
+    with pytest.raises(Killed):
         sample.main(args)
-    log = tmp_path / "run/scores.jsonl"
-    assert not (tmp_path / "run/004.mp4").exists() and not (tmp_path / "run/pairs.csv").exists()
+    assert len([*(tmp_path / "run").glob("*.mp4")]) == 4 and not (tmp_path / "run/pairs.csv").exists()
     log.write_text(log.read_text()[:-20])                                       # the last line is cut short
-    monkeypatch.setattr(sample, "write_video", lambda *args: written.append(args[0].stem) or own(*args))
+    written.clear()
     sample.main(args)
-    assert written == ["003", "004", "005"]  # whole batches of one or three
-    whole, run = ({file.name: file.read_bytes() for pattern in ("*.mp4", "*.csv")
-                   for file in (tmp_path / name).glob(pattern)} for name in ("whole", "run"))
-    assert whole == run and len(run) == 7
+    assert written == ["003", "004", "005"]                                     # whole batches
+    whole, run = ({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.[mc]*")}
+                  for name in ("whole", "run"))
+    names = {f"00{i}.mp4" for i in range(6)} | {"pairs.csv"}
+    assert names <= whole.keys() and all(whole[name] == run[name] for name in names)
 
 def test_without_out_the_next_free_folder_is_taken(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -594,22 +570,6 @@ def test_without_out_the_next_free_folder_is_taken(runs, tmp_path, monkeypatch):
         sample.main(sample.Args(model=f"{runs}/base", prompt=PROMPTS[:1], steps=1))
         assert read(tmp_path / "runs" / name / "config.json")["args"]["out"] == f"runs/{name}"
     assert not list((tmp_path / "runs").glob("*.*"))                            # none was moved
-
-def test_memory_of_sampling_does_not_grow_with_the_number_of_videos(wan, tmp_path, monkeypatch):
-    alive, own = [], sample.write_video
-
-    def count(path, video, *rest):
-        own(path, video, *rest)
-        shapes = [x.shape[-2:] for x in gc.get_objects() if type(x) is torch.Tensor]
-        alive[-1].append(sum(shape in ((32, 48), (4, 6)) for shape in shapes))  # pixels and latents
-    monkeypatch.setattr(sample, "write_video", count)
-    gc.freeze()                                                            # what was there is not looked at
-    for n in (13, 18):
-        alive.append([])
-        sample.main(sample.Args(model=str(wan), prompt=["a cat"], n_per_prompt=n, steps=1, cfg=1.0,
-                                out=f"{tmp_path}/{n}", **CLIP))
-    gc.unfreeze()
-    assert max(alive[1]) == max(alive[0]) > 0
 
 # ---- the world ----
 # Shapes world knows the truth: a score falls with its own flaw alone, and nothing but a good video scores.
@@ -642,28 +602,19 @@ def test_the_oracle_is_not_fooled_off_the_manifold():
     assert mean(clean.flip(2))["TA"] < 0.7  # backwards: one of three is wrong
     assert oracle(clean * 5, prompts).isfinite().all()
 
-def test_the_split_is_even_and_disjoint():
-    splits, held_out = [data.split_of(p) for p in PROMPTS], attributes(data.prompts_of("eval"))
-    assert [splits.count(s) for s in ("train", "val", "eval")] == [45, 9, 18]
-    assert [held_out[:, k].bincount().tolist() for k in (0, 1)] == [[3] * 6, [6] * 3]
-    assert held_out[:, 2].bincount().min() >= 4
-
 def test_annotators_tie_as_often_as_people_and_mostly_agree_with_the_oracle():
-    pairs = data.toy_pairs(250, "train", seed=0)
+    pairs = data.toy_pairs(200, "train", seed=0)
     score = data.true_scores(pairs)
     d = -data.with_overall(normalised(score)).diff(dim=1)[:, 0]                      # of A over B
     assert all(0.4 <= x <= 0.6 for x in (pairs.label == 0).float().mean(0).tolist())
     assert all(0.8 < reward.accuracy_without_ties(pairs.label[:, k], d[:, k]) < 0.97 for k in range(4))
     assert pairs.mos.unique().tolist() == [1, 2, 3, 4, 5]
+    assert {data.split_of(prompt) for prompt in pairs.prompts} == {"train"}
     assert np.corrcoef(pairs.mos[..., 1].flatten(), score[..., 1].flatten())[0, 1] > 0.8
-    assert {data.split_of(p) for p in pairs.prompts} == {"train"}
-    right, error = {}, {}
-    for noise in (0.1, 1.0, 10.0):                                              # blurs labels and points
+    for noise, least, most, off in ((0.1, 0.94, 1, 0.3), (1.0, 0.75, 0.94, 1), (10.0, 0.5, 0.75, 2)):
         label, mos = data.annotate(*score.unbind(1), rng(0), noise), data.likert(score, rng(0), noise)
-        right[noise] = reward.accuracy_without_ties(label[:, 1], d[:, 1])
-        error[noise] = (mos - (1 + 4 * score)).abs().mean().item()
-    assert right[0.1] > 0.94 > right[1.0] > 0.75 > right[10.0]
-    assert error[0.1] < 0.3 < error[1.0] < 1 < error[10.0]
+        assert least < reward.accuracy_without_ties(label[:, 1], d[:, 1]) < most
+        assert off / 3 < (mos - (1 + 4 * score)).abs().mean() < off
 
 def test_pairs_noise_and_order_are_functions_of_seed_step_and_sample_and_no_noise_comes_twice():
     a, b, blurred = (data.toy_pairs(24, "train", seed=0, noise=noise) for noise in (1.0, 1.0, 10.0))
@@ -679,7 +630,7 @@ def test_pairs_noise_and_order_are_functions_of_seed_step_and_sample_and_no_nois
     assert samples == [3, 5, (3, 1), (3, 2)] and t.unique().numel() == 4
     assert torch.equal(eps[0], data.draw_noise((4,), 0, 1, [3])[1][0])
 
-def test_the_shipped_weights_are_small_and_of_this_world():
+def test_the_shipped_weights_are_small_of_this_world_and_good():
     files = sorted((HERE / "assets").rglob("*.safetensors"))
     assert [str(f.parent.relative_to(HERE)) for f in files] == [
         "assets/base/transformer", "assets/noisy", "assets/reward"]
@@ -687,54 +638,45 @@ def test_the_shipped_weights_are_small_and_of_this_world():
     for metadata in (read_tensors(f)[1] for f in files):
         assert metadata["world"] == data.world_hash() and metadata["seed"] == "0"
         assert metadata["command"].startswith("python train_")
-
-def test_the_shipped_base_draws_well_and_the_shipped_reward_tells_good_from_bad():
-    prompts = data.prompts_of("eval", 9)
-    videos = sample.toy_videos(sample.load_model("assets/base"), prompts, 0)
-    share = oracle(videos, prompts).mean(0) / oracle(*data.flawed_videos(100, None, rng(0))).mean(0)
-    assert (share > 0.7).all(), share                                           # nine leave room for chance
-    pairs = data.toy_pairs(100, "eval", seed=1)
+    prompts = data.prompts_of("eval", 5)
+    videos = sample.toy_videos(sample.load_model("assets/base"), prompts, 0, steps=12)
+    share = oracle(videos, prompts).mean(0) / oracle(*data.flawed_videos(40, None, rng(0))).mean(0)
+    assert (share > 0.7).all(), share                                           # five leave room for chance
+    pairs = data.toy_pairs(60, "eval", seed=1)
     d = -reward.load_reward("assets/reward").score_pairs(data.Shapes(), pairs, None).diff(dim=1)[:, 0]
     assert all(reward.accuracy_without_ties(pairs.label[:, k], d[:, k]) > 0.65 for k in range(3))
 
 # ---- pairs ----
 # Preferences come from files in the layouts that people have, from annotators, or from a model's own videos.
 
-def test_pairs_are_read_in_the_layouts_that_are_documented(tmp_path):
+def test_pairs_are_read_in_the_layouts_that_are_documented_and_with_the_slashes_of_both_systems(tmp_path):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/a:b").touch()
     authors = read_pairs(tmp_path, "path_A,path_B,prompt,VQ,MQ,TA,MOS_A_VQ,MOS_B_VQ",
-                         'a,b,"a cat, asleep",A,same,invalid,4,2.5', "b,a,a dog,B,,A,,")
+                         'a,v/a:b,"a cat, asleep",A,same,invalid,4,2.5', "b,v\\a:b,a dog,B,,A,,")
     assert authors.prompts == ["a cat, asleep", "a dog"] and authors.lines == [2, 3]
-    assert authors.videos[0] == (tmp_path / "a", tmp_path / "b")
+    assert authors.videos == [(tmp_path / "a", tmp_path / "v/a:b"), (tmp_path / "b", tmp_path / "v/a:b")]
     assert authors.label.nan_to_num(9).tolist() == [[1, 0, 9, 9], [-1, 9, 1, 9]]
     assert authors.mos[0, :, 0].tolist() == [4, 2.5] and authors.mos.isnan().sum() == 10
-    genai = read_pairs(tmp_path, "prompt,left_model,left_video,right_model,right_video,vote_type",
-                       *(f"p,x,a,y,b,{vote}" for vote in ("leftvote", "rightvote", "tievote", "bothbad_vote")))
+    votes = [f"p,x,a,y,b,{vote}" for vote in ("leftvote", "rightvote", "tievote", "bothbad_vote")]
+    genai = read_pairs(tmp_path, "prompt,left_model,left_video,right_model,right_video,vote_type", *votes)
     assert genai.label[:, 3].tolist() == [1, -1, 0, 0] and genai.label[:, :3].isnan().all()
     row = '{"prompt": "p", "chosen": "b", "rejected": "a"}'
-    assert read_pairs(tmp_path, f"[{row}, {row}]").lines == [1, 2]
-    assert read_pairs(tmp_path, row, "", row).lines == [1, 3]
-    unlabelled = read_pairs(tmp_path, JSON_ROW.replace('"A"', "NaN").replace(".mp4", ""))  # as pandas writes None
-    assert unlabelled.label.isnan().all()
+    for lines, places in (([f"[{row}, {row}]"], [1, 2]), ([row, "", row], [1, 3])):
+        assert read_pairs(tmp_path, *lines).lines == places
+    assert read_pairs(tmp_path, JSON_ROW.replace('"A"', "NaN").replace(".mp4", "")).label.isnan().all()
     with refusing("wanted are prompt, chosen, rejected"):                       # others are not guessed at
         read_pairs(tmp_path, "prompt,video1_path,video2_path,standard_answer", "p,a,b,video1")
 
-TABLES = {                                                                     # all hold the same two prompts
-    "list.json": '["[a] b, c", "{d} e"]', "lines.json": '{"prompt": "[a] b, c"}\n{"prompt": "{d} e"}\n',
-    "lines.txt": "[a] b, c\n\n {d} e\n", "bom.csv": '\ufeffprompt\n"[a] b, c"\n\n{d} e\n',
-    "semi.csv": "prompt;n\n[a] b, c;1\n{d} e;2\n", "tab.data": "n\tprompt\n1\t[a] b, c\n2\t{d} e\n",
-    "csv.jsonl": 'prompt,n\n"[a] b, c",1\n{d} e,2\n', "wide.csv": f'prompt,n\n"[a] b, c",{"x" * 150_000}\n{{d}} e,1\n'}
-
-def test_the_format_of_a_table_is_in_its_content(tmp_path):
-    for name, text in TABLES.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        table = data.read_table(tmp_path / name)
-        assert [row["prompt"].strip() for _, row in table] == ["[a] b, c", "{d} e"], name
-
-def test_paths_are_read_with_the_slashes_of_both_systems(tmp_path):
-    (tmp_path / "v").mkdir()
-    (tmp_path / "v/a:b").touch()
-    pairs = read_pairs(tmp_path, "prompt,chosen,rejected", "p,v/a:b,a", "p,v\\a:b,a")
-    assert pairs.videos == [(tmp_path / "v/a:b", tmp_path / "a")] * 2
+@pytest.mark.parametrize("name, text", [*enumerate([                           # all hold the same two prompts
+    '["[a] b, c", "{d} e"]', '{"prompt": "[a] b, c"}\n{"prompt": "{d} e"}\n',
+    '\ufeffprompt\n"[a] b, c"\n\n{d} e\n',
+    "prompt;n\n[a] b, c;1\n{d} e;2\n", "n\tprompt\n1\t[a] b, c\n2\t{d} e\n",
+    f'prompt,n\n"[a] b, c",{"x" * 150_000}\n{{d}} e,1\n', "[a] b, c\n\n {d} e\n"])], ids=str)
+def test_the_format_of_a_table_is_in_its_content(name, text, tmp_path):
+    (tmp_path / f"{name}.csv").write_text(text, encoding="utf-8")
+    file = (tmp_path / f"{name}.csv").rename(tmp_path / "6.txt") if name == 6 else tmp_path / f"{name}.csv"
+    assert [row["prompt"].strip() for _, row in data.read_table(file)] == ["[a] b, c", "{d} e"]
 
 def test_the_pair_report_counts_labels_ties_and_repeats(tmp_path, capsys):
     rows = ["a,b,x,A,A", "b,a,x,B,B", "c,d,x,A,B", "d,c,x,A,same", "c,d,x,A,same", "a,b,y,same,", "a,d,z,,B"]
@@ -742,21 +684,17 @@ def test_the_pair_report_counts_labels_ties_and_repeats(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "7 pairs of 4 videos and 3 prompts, 2 of which are evaluated on too", "2 pairs occur more than once",
         "VQ: 86% labelled; A 67%, B 17%, ties 17%", "TA: 86% labelled; A 17%, B 50%, ties 33%"]
-    data.report_pairs(data.toy_pairs(40, "train", 0).subset([*range(40), 3]), data.prompts_of("eval"))
-    said = capsys.readouterr().out.splitlines()
-    assert re.match("41 pairs of 80 videos and .* prompts, 0 of which", said[0])
-    assert said[1] == "1 pairs occur more than once"
+    data.report_pairs(data.toy_pairs(4, "train", 0).subset([*range(4), 3]), data.prompts_of("eval"))
+    assert re.match("5 pairs of 8 videos .* prompts, 0 of .*\n1 pairs occur more", capsys.readouterr().out)
 
 def test_pairs_of_a_video_with_its_copy_are_told_and_left_out(tmp_path, capsys):
-    rows = ["a,b,p,A", "a,a,p,A", "b,copy,p,A", "c,d,p,A"]
-    for name, content in dict(a="1", b="22", c="3", d="4", copy="22").items():
-        (tmp_path / name).write_text(content)
-    (tmp_path / "pairs.csv").write_text("\n".join(["path_A,path_B,prompt,VQ", *rows]))
-    pairs = data.without_twins(data.read_pairs(tmp_path / "pairs.csv"))
-    assert pairs.lines == [2, 5]
+    (tmp_path / "copy").write_text("b")
+    pairs = read_pairs(tmp_path, "path_A,path_B,prompt,VQ", "a,long,p,A", "a,a,p,A", "b,copy,p,A", "c,d,p,A",
+                       long="1234")
+    assert data.without_twins(pairs).lines == [2, 5]
     assert capsys.readouterr().out == "left out 2 pairs of a video with itself or its copy, such as row 3\n"
     with refusing("no pair is left"):
-        data.without_twins(data.read_pairs(tmp_path / "pairs.csv").subset([1, 2]))
+        data.without_twins(pairs.subset([1, 2]))
 
 def test_labels_decide_by_their_sign_and_ties_are_dropped():
     pairs, args = data.toy_pairs(60, "train", 0), train_align.Args(labels="human", dim_w=(0.0, 1.0, 0.0))
@@ -769,28 +707,27 @@ def test_labels_decide_by_their_sign_and_ties_are_dropped():
     assert len(rows) == 60 and (r[:, 0] >= r[:, 1]).all()
 
 def test_on_policy_pairs_are_the_best_and_the_worst_of_what_a_model_drew_and_align_it(runs, tmp_path):
-    sample.main(sample.Args(ckpt=[f"{runs}/base"], prompt=data.prompts_of("train")[:9], n_per_prompt=2, steps=2,
-                            cfg=1.0, reward="oracle", out=f"{runs}/own"))
-    args = align_args(runs, tmp_path / "run", pairs=f"{runs}/own/pairs.csv", steps=1, eval_n=1)
-    world, one = data.world_of(args.model), runs / "own/000.mp4"
-    assert data.video_info(one) == (8, 8.0, 192, 192)                      # which one can look at, and score
-    assert reward.main(reward.Args(ckpt=args.reward, video=[str(one)], prompt=PROMPTS[0])).shape == (1, 3)
+    drawn, out = data.prompts_of("train")[:4], tmp_path / "own"
+    sample.main(sample.Args(ckpt=[f"{runs}/base"], prompt=drawn, n_per_prompt=2, steps=2, cfg=1.0,
+                            reward="oracle", out=str(out)))
+    args = align_args(runs, tmp_path / "run", **SHORT | dict(pairs=f"{out}/pairs.csv", n_pairs=None))
+    assert data.video_info(out / "000.mp4") == (8, 8.0, 192, 192)           # which one can look at, and score
+    judge = reward.Args(ckpt=args.reward, video=[f"{out}/000.mp4"], prompt=PROMPTS[0])
+    assert reward.main(judge).shape == (1, 3)
+    world = data.world_of(args.model)
     pairs = world.encode(world.read(args), args)
-    assert pairs.prompts == data.prompts_of("train")[:9] and (pairs.label[:, 3] == 1).all()
-    prompts = [p for p in pairs.prompts for _ in range(2)]
+    assert pairs.prompts == drawn and (pairs.label[:, 3] == 1).all()
+    prompts = [prompt for prompt in drawn for _ in range(2)]
     own = sample.toy_videos(sample.load_model(runs / "base"), prompts, 0, 2, guided=False)
-    r = data.overall(normalised(oracle(own, prompts))).view(9, 2)
-    own, rows = data.to_uint8(own).view(9, 2, *own.shape[1:]).float(), torch.arange(9)
+    r = data.overall(normalised(oracle(own, prompts))).view(4, 2)
+    own = data.to_uint8(own).view(4, 2, *own.shape[1:]).float()
     for place, i in ((0, r.argmax(1)), (1, r.argmin(1))):                       # mp4 moves levels a little
-        assert (pairs.videos[:, place] - own[rows, i]).abs().mean() < 6
+        assert (pairs.videos[:, place] - own[torch.arange(4), i]).abs().mean() < 6
     train_align.main(args)
     assert read(tmp_path / "run/config.json")["args"]["labels"] == "human"      # the file's own decide
-    assert any(x.any() for name, x in weights(tmp_path / "run/lora.safetensors").items() if "lora_B" in name)
-    r = tensor([1, 3, 2, 6, 5, 4])
-    files = [tmp_path / f"{name}.mp4" for name in "abcdef"]
+    files, r = [tmp_path / f"{name}.mp4" for name in "abcdef"], tensor([1, 3, 2, 6, 5, 4])
     sample.write_pairs(tmp_path / "best.csv", files, ["x"] * 3 + ["y"] * 3, r, 3)
-    assert (tmp_path / "best.csv").read_text().split() == [
-        "prompt,chosen,rejected", "x,b.mp4,a.mp4", "y,d.mp4,f.mp4"]
+    assert (tmp_path / "best.csv").read_text().split()[1:] == ["x,b.mp4,a.mp4", "y,d.mp4,f.mp4"]
 
 def test_videos_survive_their_file(tmp_path):
     video, file = clean_videos(PROMPTS[:1])[0], tmp_path / "a.mp4"
@@ -800,100 +737,85 @@ def test_videos_survive_their_file(tmp_path):
     assert frames.shape == (8, 192, 192, 3) and frames.dtype == np.uint8 and fps == 8
     assert np.abs(frames - data.to_uint8(video).permute(1, 2, 3, 0).numpy().astype(float)).mean() < 2
     assert np.array_equal(data.read_video(file, [1, 6])[0], frames[[1, 6]])
-    assert data.video_info(file) == (8, 8.0, 192, 192)                          # counted, not decoded
     with refusing("a.mp4 is cut short or damaged: 8 of 8 frames"):
         data.read_video(file, [99])
 
-def test_videos_that_cannot_be_used_are_named(tmp_path):
+def damaged(path, packets):
+    """The bytes of a video with zeros for these packets of its pictures, a slice: it opens, then breaks."""
     import av
-    write_clips(tmp_path, ["whole.mp4"])
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        places = sorted((packet.pos, packet.size) for packet in container.demux(video=0) if packet.size)
+    for place, size in places[packets]:
+        content[place:place + size] = bytes(size)
+    return bytes(content)
+
+def test_videos_that_cannot_be_used_are_named_with_how_much_of_them_can_be_decoded(tmp_path):
+    import av
+    write_clips(tmp_path, ["whole.mp4"], frames=20)
     write_clips(tmp_path, ["enormous.mp4"], frames=1, size=(16, 8208))
-    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:900])
-    (tmp_path / "text.mp4").write_text("not a video")
-    (tmp_path / "nothing.mp4").touch()
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    for name, content in (("cut", whole[:900]), ("text", b"not a video"), ("nothing", b""),
+                          ("late", damaged(tmp_path / "whole.mp4", slice(12, None)))):
+        (tmp_path / f"{name}.mp4").write_bytes(content)
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000, layout="mono")
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), "fltp", "mono")
         sound.sample_rate = 16000
         container.mux([*stream.encode(sound), *stream.encode()])
-    with av.open(str(tmp_path / "frameless.mp4"), "w") as container:
-        container.add_stream("libx264", rate=8, width=32, height=32, pix_fmt="yuv420p")
-        container.start_encoding()
-    unread = "cannot be read as a video"
+    unread, some = "cannot be read as a video", r"is cut short or damaged: \d+ of 20 frames can be decoded"
     for name, says in (("cut", unread), ("text", unread), ("nothing", unread), ("gone", unread),
-                       ("sound", "has no video in it"), ("enormous", "8208 x 16: more than 8192"),
-                       ("frameless", f"damaged|has no video|{unread}")):
+                       ("sound", "has no video in it"), ("enormous", "8208 x 16: more than 8192")):
         with refusing(f"{name}.mp4.*({says})"):
-            data.read_clip(tmp_path / f"{name}.mp4", 1, (16, 16))
-    for look in (data.read_video, data.video_info):
-        with refusing(f"text.mp4 {unread}"):
-            look(tmp_path / "text.mp4")
-
-def test_a_damaged_video_says_how_much_of_it_can_be_decoded(tmp_path):
-    import av
-    write_clips(tmp_path, ["a.mp4"], frames=20)
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
-    content = bytearray((tmp_path / "a.mp4").read_bytes())
-    for place, size in sorted(packets)[12:]:  # it opens, and breaks in the middle
-        content[place:place + size] = bytes(size)
-    (tmp_path / "late.mp4").write_bytes(content)
-    for look in (lambda path: data.read_video(path, [19]), data.read_video, reward.check_video):
-        with refusing(r"late.mp4 is cut short or damaged: \d+ of 20 frames can be decoded"):
-            look(tmp_path / "late.mp4")
+            data.read_clip(tmp_path / f"{name}.mp4", 20, (16, 16))
+    for look, name, says in ((data.read_video, "text", unread), (data.video_info, "text", unread),
+                             (data.read_video, "late", some), (reward.check_video, "late", some)):
+        with refusing(f"{name}.mp4 {says}"):
+            look(tmp_path / f"{name}.mp4")
 
 def test_a_video_is_read_as_players_show_it_and_a_clip_is_a_stretch_of_its_time(tmp_path):
     grey = np.stack([np.full((32, 48, 3), 20 * k, np.uint8) for k in range(12)])
     grey[:, :, 24:] += 30                                                       # darker on the left
-    film(tmp_path / "plain.mp4", grey)
-    film(tmp_path / "wide.mp4", grey, aspect=2)
-    film(tmp_path / "cover.mkv", grey, cover=True)
-    content = bytearray((tmp_path / "plain.mp4").read_bytes())                  # as phones do, with a matrix
+    plain, wide, cover, turned, uneven, web = (tmp_path / name for name in (
+        "plain.mp4", "wide.mp4", "cover.mkv", "turned.mp4", "uneven.mp4", "browser.webm"))
+    film(plain, grey)
+    film(wide, grey, aspect=2)
+    film(cover, grey, cover=True)
+    film(uneven, grey, ms=[0, 100, 200, 300, 320, 340, 360, 380, 400, 700, 800, 900])
+    film(web, grey, ms=range(0, 6000, 500), rate=1000)                      # six seconds, says 1,000 a second
+    content = bytearray(plain.read_bytes())                                     # as phones do, with a matrix
     place = content.index(b"tkhd") + 44
     content[place:place + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
-    (tmp_path / "turned.mp4").write_bytes(content)
-    plain, turned = (data.read_video(tmp_path / f"{name}.mp4")[0] for name in ("plain", "turned"))
-    assert np.array_equal(turned, np.rot90(plain, -1, axes=(1, 2)))             # a quarter turn clockwise
-    assert data.video_info(tmp_path / "turned.mp4") == (12, 25.0, 48, 32)
-    assert data.video_info(tmp_path / "wide.mp4") == (12, 25.0, 32, 96)
-    assert data.read_video(tmp_path / "wide.mp4", [3])[0].shape == (1, 32, 96, 3)
-    assert np.array_equal(data.read_video(tmp_path / "cover.mkv")[0], plain)
-    film(tmp_path / "uneven.mp4", grey, ms=[0, 100, 200, 300, 320, 340, 360, 380, 400, 700, 800, 900])
-    shown = [0, 0, 1, 1, 2, 3, 6, 8, 8]                                         # at k / 16 s
-    assert data.clip_frames(tmp_path / "uneven.mp4", 9).tolist() == shown
-    film(tmp_path / "browser.webm", grey, ms=range(0, 6000, 500), rate=1000)  # six seconds, says 1,000 a second
-    assert data.video_info(tmp_path / "browser.webm")[1] == pytest.approx(2)
-    write_clips(tmp_path, ["whole.txt"], frames=12, fps=24)
-    write_clips(tmp_path, ["slow.mp4"], frames=4, fps=8)                        # half a second too
-    for name in ("whole.txt", "slow.mp4"):
+    turned.write_bytes(content)
+    frames = data.read_video(plain)[0]
+    assert np.array_equal(data.read_video(turned)[0], np.rot90(frames, -1, axes=(1, 2)))    # clockwise
+    assert np.array_equal(data.read_video(cover)[0], frames)
+    assert data.read_video(wide, [3])[0].shape == (1, 32, 96, 3)
+    assert [data.video_info(x) for x in (turned, wide)] == [(12, 25.0, 48, 32), (12, 25.0, 32, 96)]
+    assert data.clip_frames(uneven, 9).tolist() == [0, 0, 1, 1, 2, 3, 6, 8, 8]  # at k / 16 s
+    assert data.video_info(web)[1] == pytest.approx(2)
+    for name, frames, fps in (("whole.txt", 12, 24), ("slow.mp4", 4, 8)):       # half a second each
+        write_clips(tmp_path, [name], frames=frames, fps=fps)
         assert data.read_clip(tmp_path / name, 5, (16, 16)).shape == (3, 5, 16, 16)
 
 @pytest.mark.parametrize("loss", ["eval", "btt", "dpo"])
 def test_a_bad_video_is_left_out_on_request_whatever_reads_it(loss, qwen, wan, tmp_path, capsys):
-    import av
     for name in ("a.mp4", "b.mp4"):
         shutil.copy(qwen[0] / name, tmp_path)
-    content = (tmp_path / "a.mp4").read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(content[:900])
-    with av.open(str(tmp_path / "a.mp4")) as container:                         # it opens and then breaks
-        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
-    for place, size in packets[1:]:
-        content = content[:place + 4] + bytes(size - 4) + content[place + size:]
-    (tmp_path / "late.mp4").write_bytes(content)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:900])
+    (tmp_path / "late.mp4").write_bytes(damaged(tmp_path / "a.mp4", slice(1, None)))
     write_clips(tmp_path, ["short.mp4"], frames=1)
     pairs = "a,b b,a a,b a,gone cut,b a,late".split() + ["short,b"] * (loss == "dpo")
     rows = [pair.replace(",", ".mp4,") + f".mp4,prompt {pair[0]},A,B,A" for pair in pairs]
     (tmp_path / "p.csv").write_text("\n".join(["path_A,path_B,prompt,VQ,MQ,TA", *rows]))
     own = dict(pairs=f"{tmp_path}/p.csv", skip_bad=True, cache=f"{tmp_path}/cache")
     if loss == "dpo":
-        args = wan_args(wan, "", **own, frames=9)
-        world = data.Wan(wan)
+        args, world = wan_args(wan, "", **own, frames=9), data.Wan(wan)
         assert world.encode(world.read(args), args).lines == [2, 3, 4]
-    elif loss == "btt":
-        train_reward.main(qwen_args(qwen, tmp_path / "run", **own, steps=1))
     else:
-        train_reward.main(eval_args(qwen, tmp_path / "eval", **own))
-        assert len((tmp_path / "eval/pairs.csv").read_text().splitlines()) == 4
+        of = qwen_args if loss == "btt" else eval_args
+        train_reward.main(of(qwen, tmp_path / "run", **own, **dict(steps=1) if loss == "btt" else {}))
+        assert loss == "btt" or len((tmp_path / "run/pairs.csv").read_text().splitlines()) == 4
     assert re.search("skipped . pairs with . bad videos", capsys.readouterr().out)
 
 def test_a_short_clip_is_told_with_the_frames_that_fit_before_anything_loads(wan, tmp_path, monkeypatch):
@@ -926,26 +848,25 @@ def test_a_latent_reward_starts_from_the_base_and_survives_its_file(tmp_path):
     assert torch.equal(reward.load_reward(tmp_path).score(*batch), r.score(*batch))
 
 def test_loading_gives_the_scores_of_the_unmerged_model_in_every_layout(qwen, tmp_path):
-    (root, truth), released = qwen, released_reward(qwen)
-    base, template = root / "base", root / "prompt_template.py"
-    raw, rows = raw_scores(qwen, released), released.qwen.get_input_embeddings().num_embeddings
-    assert raw.std() > 0.1 and rows == len(released.tokenizer) == 503           # of 700 in the base
+    (root, truth), merged = qwen, released_reward(qwen)
+    base, template = root / "base", released(qwen)[1]
+    raw, rows = raw_scores(qwen, merged), merged.qwen.get_input_embeddings().num_embeddings
+    assert raw.std() > 0.1 and rows == len(merged.tokenizer) == 503             # of 700 in the base
     mean, std = (tensor([CONSTANTS[f"{dim}_{name}"] for dim in DIMS]) for name in ("mean", "std"))
-    assert torch.allclose(raw_scores(qwen, released, normalise=True), (raw - mean) / std)
+    assert torch.allclose(raw_scores(qwen, merged, normalise=True), (raw - mean) / std)
     unmerged = reward.VideoReward.from_base(base, template=template).trainable()
     unmerged.eval().load_state_dict(truth | {"rows": truth[reward.EMBEDDING][unmerged.token_ids]})
     assert torch.allclose(raw_scores(qwen, unmerged), raw, atol=1e-4)
-
     lora = {k: v for k, v in truth.items() if "lora_" in k or "embed_tokens" in k}
     rest = {k: v for k, v in truth.items() if "visual" in k or "rm_head" in k or "embed_tokens" in k}
     for layout in ("new", "adapter", "adapter_new"):
         step = shutil.copytree(root / "released", tmp_path / layout) / "checkpoint-30"
-        shutil.copytree(step, tmp_path / layout / "checkpoint-4")               # older, and of bad weights
+        (tmp_path / layout / "checkpoint-4").mkdir()                            # older, and of bad weights
         (tmp_path / layout / "checkpoint-4/model.pth").write_bytes(b"")
+        (step / "model.pth").unlink()
         if layout == "new":
             torch.save(theirs(truth, layout), step / "model.pth")
         else:
-            (step / "model.pth").unlink()
             torch.save(theirs(rest, layout.replace("adapter", "")), step / "non_lora_state_dict.pth")
             model_file.save_tensors(theirs(lora, layout) | LM_HEAD, step / "adapter_model.safetensors")
         again = reward.VideoReward.from_pretrained(tmp_path / layout, base, template)
@@ -962,37 +883,37 @@ def test_a_checkpoint_that_asks_for_another_setting_is_refused_by_its_key(qwen, 
 
 def test_a_base_is_read_by_its_index_and_no_tensor_is_left_over_or_missing(qwen, tmp_path):
     base = shutil.copytree(qwen[0] / "base", tmp_path / "base")
-    own, file = weights(base / "model.safetensors"), base / "model.safetensors"
-    shards, names = ("one.safetensors", "two.safetensors"), sorted(own)
-    for shard, half in zip(shards, (names[::2], names[1::2])):
-        model_file.save_tensors({k: own[k] for k in half}, base / shard)
-    data.write_json(base / "model.safetensors.index.json",
-                    {"weight_map": {k: shards[i % 2] for i, k in enumerate(names)}})
+    file, index = base / "model.safetensors", base / "model.safetensors.index.json"
+    own, shards = weights(file), {}
+    for i, name in enumerate(sorted(own)):
+        shards.setdefault(f"{i % 2}.safetensors", {})[name] = own[name]
+    for shard, part in shards.items():
+        model_file.save_tensors(part, base / shard)
+    data.write_json(index, {"weight_map": {name: shard for shard, part in shards.items() for name in part}})
     model_file.save_tensors({k: torch.zeros_like(v) for k, v in own.items()}, file)      # of an earlier save
-    found = reward.VideoReward.from_base(base).state_dict()
-    assert_near(found, reward.VideoReward.from_base(qwen[0] / "base").state_dict() | {
-        "rm_head.weight": found["rm_head.weight"]}, 0)
-    (base / "model.safetensors.index.json").unlink()
-    name = next(k for k in names if k.endswith("q_proj.weight"))
-    fp8 = own | {name: own[name].to(torch.float8_e4m3fn), name + "_scale": torch.ones(1)}
-    for spoiled, says in ((fp8, "Unexpected"), ({k: own[k] for k in names if k != name}, "Missing"),
-                          (own | {name: own[name][:1]}, "size mismatch"),
-                          (own | {name: own[name].to(torch.int8)}, "floating point")):
-        model_file.save_tensors(spoiled, file)
+    found, expected = (reward.VideoReward.from_base(x).state_dict() for x in (base, qwen[0] / "base"))
+    assert_near(found, expected | {"rm_head.weight": found["rm_head.weight"]}, 0)
+    index.unlink()
+    name = next(k for k in own if k.endswith("q_proj.weight"))
+    fp8 = {name: own[name].to(torch.float8_e4m3fn), name + "_scale": torch.ones(1)}
+    for spoiled, says in ((fp8, "Unexpected"), ({name[1:]: own[name]}, "Missing"),
+                          ({name: own[name][:1]}, "size mismatch"),
+                          ({name: own[name].char()}, "floating point")):
+        rest = {k: x for k, x in own.items() if k != name}
+        model_file.save_tensors(rest | spoiled, file)
         with refusing(f"does not fit the model: .*{says}"):
             reward.VideoReward.from_base(base)
 
 def test_scores_that_are_no_numbers_end_with_the_name_of_the_video(qwen, runs):
-    own, latent = released_reward(qwen), reward.load_reward(runs / "reward")
+    own, latent, prompt = released_reward(qwen), reward.load_reward(runs / "reward"), PROMPTS[:1]
+    pairs, drawn = data.toy_pairs(3, "val", 0), (clean_videos(prompt), data.embed_text(prompt), ["x"], prompt)
     own.rm_head.weight.data[:] = NAN
-    with refusing("the scores of .*a.mp4 are not finite"):
-        own.score(clips(qwen, "a", "b"), ["p", "p"])
     latent.std[1] = 0
-    pairs = data.toy_pairs(3, "val", 0)
-    with refusing("the scores of A of row 0 are not finite"):
-        latent.score_pairs(data.Shapes(), pairs, None)
-    with refusing("the scores of a.mp4 are not finite"):
-        latent.score_drawn(clean_videos(PROMPTS[:1]), data.embed_text(PROMPTS[:1]), ["a.mp4"], PROMPTS[:1])
+    for name, score in ((".*a.mp4", lambda: raw_scores(qwen, own)),
+                        ("A of row 0", lambda: latent.score_pairs(data.Shapes(), pairs, None)),
+                        ("x", lambda: latent.score_drawn(*drawn))):
+        with refusing(f"the scores of {name} are not finite"):
+            score()
 
 def test_scores_are_read_at_their_tokens_with_plain_positions_in_a_batch_too(qwen):
     """transformers' own forward gives our scores with plain positions, with its own M-RoPE others."""
@@ -1012,13 +933,12 @@ def test_scores_are_read_at_their_tokens_with_plain_positions_in_a_batch_too(qwe
     assert torch.allclose(r, alone, atol=1e-5)
 
 def test_vq_and_mq_cannot_see_the_prompt(qwen):
-    own, videos = released_reward(qwen), clips(qwen, "a", "b", "a")
-    prompts = ["a cat", "a very long tale of two dogs in the snow", "sea"]
-    write_clips(qwen[0], ["one.mp4"], frames=1, size=(96, 32))                  # odd, but a video
-    assert own.score(clips(qwen, "one"), ["p"]).isfinite().all()
-    r = own.score(videos, prompts)
+    own, prompts = released_reward(qwen), ["a cat", "a very long tale of two dogs in the snow", "sea"]
+    r = own.score(clips(qwen, "a", "b", "a"), prompts)
     assert (r[0] - r[1]).abs().min() > 1e-4
     assert (r[0, :2] - r[2, :2]).abs().max() < 1e-5 < 1e-3 < (r[0, 2] - r[2, 2]).abs()
+    write_clips(qwen[0], ["one.mp4"], frames=1, size=(96, 32))                  # odd, but a video
+    assert own.score(clips(qwen, "one"), ["p"]).isfinite().all()
 
 def test_the_input_is_the_default_system_turn_the_video_and_the_prompt(qwen):
     own = released_reward(qwen)
@@ -1034,17 +954,16 @@ def test_the_input_is_the_default_system_turn_the_video_and_the_prompt(qwen):
         own.inputs(clips(qwen, "a"), ["a cat <|TA_reward|>"])
 
 def test_frames_and_their_sizes_are_chosen_as_by_the_authors():
-    for total, fps, n in ((60, 24, 4), (60, 23.976, 6), (150, 30, 10), (126, 24, 10), (1, 24, 2), (2, 24, 2),
-                          (3, 24, 2), (5, 1, 4), (24 * 600, 24, 768)):
+    for total, fps, n in ((60, 24, 4), (60, 23.976, 6), (150, 30, 10), (126, 24, 10), (1, 24, 2), (3, 24, 2),
+                          (5, 1, 4), (24 * 600, 24, 768)):
         got = reward.frame_indices(total, fps)
         assert len(got) == n and got[0] == 0 and got[-1] == total - 1, (total, fps, got)
     assert reward.frame_indices(7, 1) == [0, 1, 2, 4, 5, 6]
-    for size, fitted in (((576, 1024), (336, 588)), ((1280, 720), (588, 336)), ((64, 96), (280, 392)),
-                         ((448, 448), (448, 448)), ((336, 336), (336, 336)), ((100, 8000), (28, 4004)),
-                         ((300, 310), (336, 336))):
-        assert reward.frame_size(*size) == fitted, size
-    assert reward.frame_size(300, 310, max_pixels=64 * 28 * 28) == (196, 224)   # shrunk, not enlarged again
-    assert reward.frame_size(100, 100, max_pixels=20_000) == (336, 336)         # enlarged past its own bound
+    for size, most, fitted in (((576, 1024), 200704, (336, 588)), ((64, 96), 200704, (280, 392)),
+                               ((100, 8000), 200704, (28, 4004)), ((300, 310), 200704, (336, 336)),
+                               ((300, 310), 64 * 28 * 28, (196, 224)),          # shrunk, not enlarged again
+                               ((100, 100), 20_000, (336, 336))):               # enlarged past its own bound
+        assert reward.frame_size(*size, max_pixels=most) == fitted, size
     for size, most in (((10, 3000), 200704), ((30, 4000), 20000)):
         with refusing(f"v.mp4 is {size[0]} x {size[1]}"):
             reward.frame_size(*size, most, "v.mp4")
@@ -1062,12 +981,8 @@ def test_patches_are_those_of_transformers_own_processor():
         x, grid = reward.patchify(frame[None].repeat(2, 0), reward.frame_size(*frame.shape[:2]))
         assert grid.tolist() == out["image_grid_thw"][0].tolist()
         assert (x - out["pixel_values"]).abs().max() * 0.27 * 255 < levels
-
-    def pixels(x):
-        return x.view(-1, 3, 2, 14, 14) * reward.PIXEL_STD[None, :, None] + reward.PIXEL_MEAN[None, :, None]
-    grey = pixels(x) * 255
-    assert (grey - grey.round()).abs().max() < 1e-3 and grey.min() > -0.01 and grey.max() < 255.01
-    x = pixels(reward.patchify(frames, (280, 364))[0]).numpy()
+    x = reward.patchify(frames, (280, 364))[0].view(-1, 3, 2, 14, 14)
+    x = (x * reward.PIXEL_STD[None, :, None] + reward.PIXEL_MEAN[None, :, None]).numpy()
     for n in (0, 1, 2, 3, 4, 200, 519):                                     # token n // 4, corner n % 4 of it
         row, column = 14 * (n // 4 // 13 * 2 + n % 4 // 2), 14 * (n // 4 % 13 * 2 + n % 2)
         seen = frames[:, row:row + 14, column:column + 14].transpose(3, 0, 1, 2) / 255
@@ -1084,8 +999,8 @@ def test_a_template_is_parsed_and_never_executed(qwen, tmp_path):
             reward.read_template(tmp_path / "t.py")
 
 def test_interrupted_scoring_goes_on_and_nothing_is_scored_twice(qwen, tmp_path, monkeypatch):
-    own, scored = released_reward(qwen), []
-    videos, prompts = clips(qwen, "a", "b", "a", "a"), ["x", "x", "x", "y"]
+    own, scored, prompts = released_reward(qwen), [], ["x", "x", "x", "y"]
+    videos = clips(qwen, "a", "b", "a", "a")
     plain = own.score(videos, prompts)
 
     def score(paths, prompts, normalise):
@@ -1101,36 +1016,32 @@ def test_interrupted_scoring_goes_on_and_nothing_is_scored_twice(qwen, tmp_path,
         assert torch.allclose(reward.score_videos(own, videos, prompts, tmp_path), plain, atol=1e-5)
         assert scored == todo
     other = released_reward(qwen, torch.bfloat16)                               # another, with other scores
-    assert other.identity != own.identity
     assert (reward.score_videos(other, videos, prompts, tmp_path) - plain).abs().max() > 1e-6
     with pytest.raises(OSError, match="gone.mp4"):
         reward.score_videos(own, [tmp_path / "gone.mp4"], ["x"], tmp_path)
 
 @pytest.mark.parametrize("loss", ["btt", "bt", "regression"])
 def test_training_a_video_reward_moves_only_what_the_paper_trains(qwen, loss, tmp_path):
-    args = qwen_args(qwen, tmp_path / "run", steps=4, loss=loss)
+    args = qwen_args(qwen, tmp_path / "run", steps=3, lr=4e-3, loss=loss)
     result = train_reward.main(args)
     assert result["loss_last"] < result["loss_first"] and result["n"] == 2
     assert {"VQ", "TA"} <= set(result["reward"])
     torch.manual_seed(0)
     memory = reward.VideoReward.from_base(args.model).trainable()
-    before, saved = memory.state_dict(), weights(tmp_path / "run/reward.safetensors")
+    before, saved = copy.deepcopy(memory.state_dict()), weights(tmp_path / "run/reward.safetensors")
     assert saved.keys() == before.keys() and before["rows"].shape == (3, 32)
     assert {k for k in before if not torch.equal(before[k], saved[k])} == {
         k for k in before if "lora" in k or "visual" in k or k in ("rm_head.weight", "rows")}
     memory.eval().load_state_dict(saved)
     again, raw = reward.load_reward(tmp_path / "run"), raw_scores(qwen, memory)
     assert torch.allclose(raw_scores(qwen, again), raw, atol=1e-5)
-    scores = raw_scores(qwen, again, normalise=True)
-    assert torch.allclose(scores, (raw - again.mean) / again.std, atol=1e-4)
+    assert torch.allclose(raw_scores(qwen, again, normalise=True), (raw - again.mean) / again.std, atol=1e-4)
 
 @pytest.mark.parametrize("kind", ["files", "shapes"])
-def test_a_reward_goes_on_from_a_reward_and_tells_its_accuracy_before_and_after(kind, qwen, runs, tmp_path,
-                                                                                capsys):
-    own = dict(out=f"{tmp_path}/run", steps=4, lr=1e-3, batch=4)
+def test_a_reward_goes_on_from_a_reward_and_says_what_it_gained(kind, qwen, runs, tmp_path, capsys):
+    own, template = dict(out=f"{tmp_path}/run", steps=2, lr=1e-3, batch=2), dict(template=released(qwen)[1])
     if kind == "files":
-        args = qwen_args(qwen, **own, model=f"{qwen[0]}/released", template=f"{qwen[0]}/prompt_template.py")
-        start = released_reward(qwen)
+        args, start = qwen_args(qwen, **own, **template, model=released(qwen)[0]), released_reward(qwen)
     else:
         args = train_reward.Args(**own, model=f"{runs}/reward", pairs=toy_pairs_file(tmp_path))
         start, drawn = reward.load_reward(runs / "reward"), data.toy_pairs(4, "eval", 0)
@@ -1139,9 +1050,9 @@ def test_a_reward_goes_on_from_a_reward_and_tells_its_accuracy_before_and_after(
         return raw_scores(qwen, r, True) if kind == "files" else r.score_pairs(data.Shapes(), drawn, None)
     assert train_reward.check_args(args) == kind
     assert torch.allclose(score(train_reward.new_reward(args, kind, "cpu").eval()), score(start), atol=1e-5)
-    result, said = train_reward.main(args), capsys.readouterr().out
+    result = train_reward.main(args)
     assert result["before"].keys() == result["reward"].keys() and result["n"] >= 2
-    assert re.search(r"\n\| before \|.*\n\| reward \|", said)
+    assert re.search(r"\n\| before \|.*\n\| reward \|", capsys.readouterr().out)
     again = reward.load_reward(tmp_path / "run")
     assert (score(again) - score(start)).abs().max() > 1e-3
     assert not torch.equal(again.mean, start.mean) and not torch.equal(again.std, start.std)
@@ -1150,49 +1061,45 @@ def test_a_reward_goes_on_from_a_reward_and_tells_its_accuracy_before_and_after(
             train_reward.main(replace(args, model=f"{tmp_path}/run", out=f"{tmp_path}/next"))
 
 def test_a_toy_reward_grows_from_the_base_on_labels_and_serves_wherever_a_reward_does(runs, tmp_path, capsys):
-    pairs, out = toy_pairs_file(tmp_path), str(tmp_path / "run")
-    own = dict(model=f"{runs}/base", depth=1, steps=2, batch=4, pairs=pairs, out=out)
-    result = train_reward.main(train_reward.Args(**own))
+    pairs, out = toy_pairs_file(tmp_path), f"{tmp_path}/run"
+    args = train_reward.Args(model=f"{runs}/base", depth=1, steps=1, batch=4, pairs=pairs, out=out)
+    result = train_reward.main(replace(args))
     assert result["n"] >= 2 and "before" not in result and set(result["reward"]) == set(DIMS)
     found = train_reward.main(train_reward.Args(eval=out, pairs=pairs, out=f"{out}/eval"))
     assert found["reward"].keys() == set(DIMS) and "the paper's" not in capsys.readouterr().out
-    assert align(runs, tmp_path / "dpo", reward=out, n_pairs=4, steps=1, batch=2, eval_n=1, eval_steps=1)
+    assert align(runs, tmp_path / "dpo", **SHORT | dict(reward=out))
+    Path(pairs).write_text(Path(pairs).read_text().replace("VQ,MQ,TA", "x,y,Overall"))
     with refusing("labels no pair for --loss btt: it needs columns VQ, MQ, TA"):
-        text = (tmp_path / "pairs.csv").read_text().replace("VQ,MQ,TA", "x,y,Overall")
-        (tmp_path / "pairs.csv").write_text(text)
-        train_reward.main(train_reward.Args(**own | {"out": f"{out}2"}))
+        train_reward.main(replace(args, out=f"{out}2"))
 
 def test_validation_holds_two_pairs_or_more_of_prompts_that_are_not_trained_on():
     args, pairs = train_reward.Args(pairs="p.csv"), data.toy_pairs(1, "train", 0)
     for prompts, kept in (("aab", 2), ("abcdefgh", 2), ("aaaaaaab", 7), ("abcdefghij" * 6, 12),
-                          ([str(i % 600) for i in range(1200)], 60), ([str(i) for i in range(60)], 12)):
-        for seed in range(5):
-            rows = [prompts[i] for i in range(len(prompts))]
-            train, val = train_reward.split_prompts(replace(args, seed=seed), replace(pairs, prompts=rows))
-            assert sorted([*train.tolist(), *val.tolist()]) == list(range(len(rows)))
-            assert not {rows[i] for i in train} & {rows[i] for i in val} and len(val) == kept, (prompts, seed)
-    for prompts in ("a", "aaaa", "ab"):
+                          ([str(i % 600) for i in range(1200)], 60)):
+        split = train_reward.split_prompts(args, replace(pairs, prompts=list(prompts)))
+        train, val = (rows.tolist() for rows in split)
+        assert sorted(train + val) == list(range(len(prompts))) and len(val) == kept, prompts
+        assert not {prompts[i] for i in train} & {prompts[i] for i in val}, prompts
+    for prompts in ("aaaa", "ab"):
         with refusing("p.csv has no two pairs to keep for validation: label pairs of more prompts"):
             train_reward.split_prompts(args, replace(pairs, prompts=list(prompts)))
 
 def test_validation_videos_that_are_all_scored_alike_are_refused_before_anything_is_saved(qwen, tmp_path):
-    args = qwen_args(qwen, tmp_path / "run", steps=1)
-    (qwen[0] / "copy.mp4").write_bytes((qwen[0] / "a.mp4").read_bytes() + b"\0\0\0\x08free")   # same frames
-    kept = train_reward.split_prompts(args, data.read_pairs(args.pairs))[1].tolist()
-    names = ["copy.mp4" if i in kept else "b.mp4" for i in range(8)]
-    lines = ["path_A,path_B,prompt,VQ,MQ,TA", *(f"a.mp4,{x},prompt {i},A,B,A" for i, x in enumerate(names))]
-    (qwen[0] / "twins.csv").write_text("\n".join(lines) + "\n")
+    args, content = qwen_args(qwen, tmp_path / "run", steps=1), (qwen[0] / "a.mp4").read_bytes()
+    for i in range(8):                                                          # other files, the same frames
+        (tmp_path / f"{i}.mp4").write_bytes(content + b"\0\0\0\x08free" * i)
+    rows = [f"{i}.mp4,{(i + 1) % 8}.mp4,prompt {i},A,B,A" for i in range(8)]
+    pairs = tmp_path / "alike.csv"
+    pairs.write_text("\n".join(["path_A,path_B,prompt,VQ,MQ,TA", *rows]))
     with refusing("scores of the validation videos do not differ"):
-        train_reward.main(replace(args, pairs=f"{qwen[0]}/twins.csv"))
+        train_reward.main(replace(args, pairs=str(pairs)))
     assert not (tmp_path / "run/reward.safetensors").exists()
 
 def test_the_benchmark_counts_what_is_labelled_and_writes_every_pair(qwen, tmp_path, capsys):
     args = eval_args(qwen, tmp_path / "eval", pairs=prefs(qwen), cache=str(tmp_path))
-    found = train_reward.main(args)["reward"]
-    better = raw_scores(qwen, released_reward(qwen), normalise=True)[:, 0]
+    found, better = train_reward.main(args)["reward"], raw_scores(qwen, released_reward(qwen), True)[:, 0]
     assert set(found) == {*DIMS} and found["VQ"]["without"] == float(better[0] > better[1])
     assert math.isnan(found["MQ"]["without"]) and found["MQ"]["with"] == 1.0    # its one label is a tie
-    assert len([*tmp_path.glob("score-*")]) >= 8                                # of each video and prompt
     assert "| the paper's, VideoGen-RewardBench | 75.7 / 59.7 |" in capsys.readouterr().out
     rows = list(csv.DictReader(open(tmp_path / "eval/pairs.csv")))
     assert len(rows) == 8 and rows[0]["VQ"] == "B" and rows[0]["MQ"] == ""
@@ -1203,31 +1110,28 @@ def test_the_benchmark_counts_what_is_labelled_and_writes_every_pair(qwen, tmp_p
     assert set(result["reward"]) == set(result["TA alone"]) == {"Overall"}
     assert re.search(r"GenAI-Bench at 256 x 256 .*\| 72.9 / 49.4 \|", capsys.readouterr().out)
 
-def test_the_command_line_scores_videos_and_says_that_negative_is_normal(qwen, capsys):
-    own, videos = released_reward(qwen), clips(qwen, "a", "b")
-    args = reward.Args(video=videos, prompt="a cat", ckpt=f"{qwen[0]}/released",
-                       template=f"{qwen[0]}/prompt_template.py")
-    assert torch.allclose(reward.main(args), own.score(videos, ["a cat"] * 2))
-    assert "negative is normal" in capsys.readouterr().out
-
 def test_a_checkpoint_without_constants_gives_raw_scores_and_says_so_once(qwen, tmp_path, capsys):
-    released = shutil.copytree(qwen[0] / "released", tmp_path / "raw")
-    config = read(released / "model_config.json")
-    data.write_json(released / "model_config.json", config | {"inference_config": {}})
-    own = reward.VideoReward.from_pretrained(released, template=qwen[0] / "prompt_template.py")
-    for _ in range(2):
-        assert torch.equal(raw_scores(qwen, own, normalise=True), raw_scores(qwen, own))
+    args = reward.Args(video=clips(qwen, "a", "b"), prompt="a cat", ckpt=released(qwen)[0],
+                       template=released(qwen)[1])
+    scores, raw = reward.main(args), shutil.copytree(released(qwen)[0], tmp_path / "raw")
+    assert "negative is normal" in capsys.readouterr().out
+    config = read(raw / "model_config.json")
+    data.write_json(raw / "model_config.json", config | {"inference_config": {}})
+    own, whole = reward.VideoReward.from_pretrained(raw, template=args.template), released_reward(qwen)
+    for normalise in (True, True, False):
+        again = own.score(args.video, ["a cat"] * 2, normalise)
+        assert torch.allclose((again - whole.mean) / whole.std, scores, atol=1e-5)
     assert capsys.readouterr().out.count("has no constants to normalise by") == 1
 
 # ---- runs ----
 # A run is its command: it says how it goes, may be cut anywhere, and gives the same numbers all the same.
 
 @pytest.mark.parametrize("name, changes", [
-    ("dpo", dict(steps=10)), ("dpo_full", dict(lora_rank=0, lr=3e-4, steps=10)),
-    ("dpo_ta", dict(dim_w=(0.0, 0.0, 1.0), labels="oracle", beta_schedule="(1-t)^2")),
-    ("sft", dict(loss="sft", labels="human", lora_rank=0)), ("rwr", dict(loss="rwr", lora_rank=0))])
+    ("dpo", dict(labels="oracle", beta_schedule="(1-t)^2")),
+    ("dpo_ta", dict(dim_w=(0.0, 0.0, 1.0), lora_rank=0)),
+    ("sft", dict(loss="sft", labels="human")), ("rwr", dict(loss="rwr", lora_rank=0, steps=20))])
 def test_each_objective_trains_and_its_loss_falls(runs, name, changes):
-    run, result = runs / name, align(runs, runs / name, **changes)
+    run, result = runs / name, align(runs, runs / name, **dict(steps=12, eval_n=2) | changes)
     assert set(result["win_rate"]) == {*DIMS, "Overall"} and read(run / "eval.json") == result
     events, config = data.read_log(run), read(run / "config.json")
     assert events[-1]["loss"] < events[0]["loss"] and len(events[0]["loss_by_t"]) == 10
@@ -1239,49 +1143,43 @@ def test_each_objective_trains_and_its_loss_falls(runs, name, changes):
     assert (run / "samples.webp").exists() and sample.load_model(run)(*random_batch()).isfinite().all()
 
 def test_pretraining_and_rewards_learn_and_say_how_well(runs):
-    for name, most in (("base", 0.8), ("reward", 1), ("noisy", 1)):
-        events = data.read_log(runs / name)
+    for name, most, times in (("base", 0.8, 0), ("reward", 1, 1), ("noisy", 1, 5)):
+        events, result = data.read_log(runs / name), read(runs / name / "eval.json")
         assert events[-1]["loss"] < most * events[0]["loss"]
-    assert set(read(runs / "base/eval.json")["oracle"]) == set(DIMS)
-    for name, times in (("reward", 1), ("noisy", 5)):
-        by_t = read(runs / name / "eval.json")["by_t"]
-        assert len(by_t) == times and 0 <= by_t["0.0"]["VQ"]["with"] <= 1
+        assert len(result.get("by_t", ())) == times and ("oracle" in result) == (name == "base")
 
 def test_a_step_in_micro_batches_is_a_step_in_one(runs, qwen, tmp_path):
     for n in (1, 2):
-        align(runs, tmp_path / f"rwr{n}", loss="rwr", steps=2, batch=4, accumulate=n, eval_n=1, eval_steps=1)
+        align(runs, tmp_path / f"rwr{n}", **SHORT | dict(loss="rwr", batch=4, accumulate=n))
         train_reward.main(qwen_args(qwen, tmp_path / f"reward{n}", steps=1, accumulate=n))
     assert_near(*(weights(tmp_path / f"rwr{n}/lora.safetensors") for n in (1, 2)), 1e-5)
     assert_same_log(tmp_path / "reward1", tmp_path / "reward2", rtol=1e-3)
 
-def test_two_processes_sharded_or_not_give_the_losses_and_videos_of_one(runs, wan, tmp_path):
-    toy = job("dpo", runs, "")[1]
-    args = {"dpo": toy, "rwr": replace(toy, loss="rwr", accumulate=2),
-            "wan": wan_args(wan, "", steps=4, batch=2, accumulate=1, save_every=2, cache=f"{tmp_path}/cache")}
+def test_two_processes_give_the_losses_and_videos_of_one_and_fail_in_one_line(runs, wan, tmp_path):
+    toy = align_args(runs, n_pairs=8, steps=2, batch=4, loss="rwr", accumulate=2)
+    args = {"dpo": replace(toy, loss="dpo", accumulate=1), "rwr": toy, "wan": wan_args(
+        wan, "", steps=2, batch=2, accumulate=1, save_every=1, cache=f"{tmp_path}/cache")}
     for name in args:
         train_align.main(replace(args[name], out=f"{tmp_path}/{name}"))
     two = [replace(args[name], out=f"{tmp_path}/{name}2", shard=name == "wan") for name in args]
-    cut = replace(two[2], out=f"{tmp_path}/cut")
-    jobs = [*two, replace(cut, steps=2), replace(cut, resume=True)]
-    out = torchrun(tmp_path, f"for args in {jobs}:\n    main(args)")
-    assert out.returncode == 0, out.stderr
+    cut, failed = replace(two[2], out=f"{tmp_path}/cut"), tmp_path / "failed"
+    words = shlex.split(data.command(replace(toy, out=str(failed))))[2:]
+    out = torchrun(tmp_path, f"""
+        for args in {[*two, replace(cut, steps=1), replace(cut, resume=True)]}:
+            main(args)
+        def fails(*args):
+            if data.RANK:
+                raise OSError('disk full')
+        train_align.label_pairs = fails
+        data.launch(main, Args, '', {words})""")
+    said = [line for line in out.stderr.splitlines() if line.startswith("error:")]
+    assert out.returncode and said == ["error: rank 1: disk full"], out.stderr
     for name in args:
         assert_same_log(tmp_path / name, tmp_path / f"{name}2", rtol=1e-3 if name == "wan" else 1e-4)
     for name in ("dpo", "rwr"):
         for file, atol in (("lora.safetensors", 1e-5), ("samples.safetensors", 1)):         # 1 level of 256
             assert_near(*(weights(tmp_path / x / file) for x in (name, f"{name}2")), atol)
     assert_near(*(weights(tmp_path / x / "lora.safetensors") for x in ("wan2", "cut")), 0)    # the same bits
-
-def test_one_rank_that_fails_ends_all_in_one_line(runs, tmp_path):
-    words = shlex.split(data.command(job("dpo", runs, tmp_path / "run")[1]))[2:]
-    failed = tmp_path / "failed"
-    code = ("def fails(*args):\n    if data.RANK:\n"
-            f"        open({str(failed)!r}, 'w')\n        raise OSError('disk full')\n"
-            f"train_align.label_pairs = fails\ndata.launch(main, Args, '', {words})")
-    out = torchrun(tmp_path, code)
-    said = [line for line in out.stderr.splitlines() if line.startswith("error:")]
-    assert out.returncode and said == ["error: rank 1: disk full"]
-    assert time.time() - failed.stat().st_mtime < 60
 
 def test_the_distance_is_the_mean_squared_difference_of_velocities():
     still, moved = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
@@ -1301,33 +1199,36 @@ def test_the_command_in_config_json_makes_the_same_files_again(name, runs, tmp_p
     data.launch(script.main, script.Args, script.__doc__, command[2:])
     first, again = ({f.relative_to(run): f.read_bytes() for f in run.rglob("*") if f.is_file()}
                     for run in (tmp_path / "first", tmp_path / "run"))
-    assert len(first) > 2 and first.keys() == again.keys()
     assert timeless_log(tmp_path / "first") == timeless_log(tmp_path / "run")
-    assert all(first[name] == again[name] for name in first if name.name != "log.jsonl")  # the clock is in it
+    for files in (first, again):
+        files.pop(Path("log.jsonl"), None)                                      # the clock is in it
+    assert first == again and len(first) > 2
 
 def test_a_folder_that_exists_is_never_written_into_and_a_run_that_kept_nothing_leaves_none(runs, tmp_path):
     _, args = job("dpo", runs, tmp_path / "run")
-    train_align.main(replace(args))
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    (tmp_path / "run").mkdir()
     with refusing("run exists: --resume goes on with it, or give another --out"):
-        train_align.main(replace(args, lr=1.0))
-    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        train_align.main(replace(args))
     with pytest.raises(OSError, match="gone.csv"):
         train_align.main(replace(args, pairs="gone.csv", out=f"{tmp_path}/other"))
-    assert not (tmp_path / "other").exists()
+    assert [*tmp_path.rglob("*")] == [tmp_path / "run"]
 
 def test_a_run_needs_no_git_and_prints_what_a_console_cannot_spell(tmp_path, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), "cp1252")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert read(data.Run(sample.Args(out=f"{tmp_path}/run")).folder / "config.json")["commit"] == ""
-    console = io.TextIOWrapper(io.BytesIO(), "cp1252")
     monkeypatch.setattr(sys, "stdout", console)
-    data.launch(lambda args: print("\u65e5\u672c.mp4", 0.5), train_reward.Args, "", [])
-    console.flush()
+    data.launch(lambda args: print("\u65e5\u672c.mp4", 0.5, flush=True), train_reward.Args, "", [])
     assert console.buffer.getvalue() == b"\\u65e5\\u672c.mp4 0.5\n"
 
 def test_every_command_of_the_pages_parses():
+    """Those of README.md and results.md, by a shell that follows loops and runs nothing, and docstrings'."""
     scripts = {f"{m.__name__}.py": m for m in (train_align, train_reward, sample, reward)}
-    commands = page_commands()
+    pages = (HERE / "README.md").read_text() + (HERE / "assets/results.md").read_text()
+    shell = 'PATH=/nowhere; command_not_found_handle() { :; }; python() { printf "%s\\0" "$@"; echo; }\n'
+    code = shell + "\n".join(re.findall(r"```bash\n(.*?)```", pages, re.S))
+    said = subprocess.run(["bash", "-c", code], cwd=HERE, capture_output=True, text=True, check=True).stdout
+    commands = [line.split("\0")[:-1] for line in said.splitlines()]
     assert len(commands) >= 30
     documented = [line.strip().split("    ")[0] for m in scripts.values() for line in m.__doc__.splitlines()]
     for script, *words in commands + [shlex.split(line)[1:] for line in documented if line[:7] == "python "]:
@@ -1355,128 +1256,115 @@ def test_the_doctor_names_each_disease_once_and_is_silent_on_health():
 
 def test_the_log_tells_the_logit_and_its_gradient_factor_and_beta_in_others_units():
     names = "t", "loss", "gap_w", "gap_l", "err_ref_w", "logit"
-    for logit in (-3.0, 0.0, 0.5, 20.0, 1000.0):
+    for logit in (-3.0, 0.0, 0.5, 1000.0):
         event = train_align.summary(names, tensor([[0.5, 0.7, 0.1, 0.2, 0.3, logit]]))
         assert event["logit"] == pytest.approx(abs(logit), abs=1e-4)
         assert event["grad_factor"] == pytest.approx(torch.sigmoid(tensor(-logit)).item(), rel=1e-3)
-    assert re.search("250 .* 0.0362 .* 13,824 numbers, 0.0181 ", train_align.beta_elsewhere(500.0, 13824))
     event = train_align.summary(names[:4], tensor([[0.1, 9.0, 0.1, 0.3], [0.9, 8.0, 0.2, 0.1]]))
     assert event["implicit_acc"] == 0.5 and event["margin"] == pytest.approx(0.05) and "logit" not in event
-    assert not train_align.diagnose([{"step": 10, **event}, {"step": 60, **event}])    # of a loss without one
+    assert re.search("250 .* 0.0362 .* 13,824 numbers, 0.0181 ", train_align.beta_elsewhere(500.0, 13824))
 
 @pytest.mark.parametrize("name", ["dpo", "pretrain", "reward"])
 def test_a_killed_run_resumes_to_the_same_bits(name, runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "toy", TINY)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    script, args = job(name, runs, whole, n_pairs=16, steps=9, save_every=2, accumulate=2)
+    script, args = job(name, runs, whole, n_pairs=16, steps=5, save_every=2, accumulate=2)
     script.main(replace(args))
     args = replace(args, out=str(cut))
-    main_killed(script, replace(args), 7, monkeypatch)
-    assert torch.load(cut / "state.pt", weights_only=True)["step"] == 6
+    main_killed(script, replace(args), 3, monkeypatch)
+    assert torch.load(cut / "state.pt", weights_only=True)["step"] == 2
     (cut / "state.pt.1f.tmp").write_bytes(b"half a state")
     with open(cut / "log.jsonl", "a") as file:
-        file.write('{"step": 7, "lo')
-    capsys.readouterr()
+        file.write('{"step": 3, "lo')
     script.main(replace(args, resume=True))
-    assert "going on after step 6" in capsys.readouterr().out
-    files = [sorted(f.relative_to(run) for f in run.rglob("*.safetensors")) for run in (whole, cut)]
-    assert files[0] == files[1] and files[0]
-    for file in files[0]:
+    assert "going on after step 2" in capsys.readouterr().out
+    files = [f.relative_to(whole) for f in whole.rglob("*.safetensors")]
+    for file in files:
         assert_near(weights(whole / file), weights(cut / file), 0)
-    assert read(whole / "eval.json") == read(cut / "eval.json") and timeless_log(whole) == timeless_log(cut)
+    assert files and read(whole / "eval.json") == read(cut / "eval.json")
+    assert timeless_log(whole) == timeless_log(cut)
 
 def test_what_changed_under_a_stopped_run_is_told_and_an_ended_run_can_be_made_longer(wan, tmp_path, capsys):
-    for name in ("pairs.csv", *(f"v/{x}.mp4" for x in "abcd")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(wan / name, tmp_path / name)
-    args = wan_args(wan, "", pairs=f"{tmp_path}/pairs.csv", steps=2, out=f"{tmp_path}/run")
+    shutil.copytree(wan / "v", tmp_path / "v")
+    pairs = shutil.copy(wan / "pairs.csv", tmp_path)
+    args = wan_args(wan, "", pairs=pairs, steps=1, out=f"{tmp_path}/run")
     train_align.main(replace(args))
-    capsys.readouterr()
-    train_align.main(replace(args, steps=4, resume=True))
-    assert "going on after step 2" in capsys.readouterr().out
-    train_align.main(replace(args, steps=4, out=f"{tmp_path}/whole"))
+    train_align.main(replace(args, steps=2, resume=True))
+    assert "going on after step 1" in capsys.readouterr().out
+    train_align.main(replace(args, steps=2, out=f"{tmp_path}/whole"))
     assert_near(*(weights(tmp_path / name / "lora.safetensors") for name in ("run", "whole")), 0)
-    with refusing("--steps 3 is not what .* began with, 4"):
-        train_align.main(replace(args, steps=3, resume=True))
-    text = (tmp_path / "pairs.csv").read_text()
-    (tmp_path / "pairs.csv").write_text(text.replace("a cat runs,A", "a cat runs,B"))
-    with refusing("--pairs .*pairs.csv is not what .*run began with"):
-        train_align.main(replace(args, steps=4, resume=True))
     noisy = noisy_args(wan, tmp_path / "noisy", steps=1)
     train_reward.main(replace(noisy))
-    with refusing("--steps 2 is not what .* began with, 1"):  # its learning rate hangs on them
-        train_reward.main(replace(noisy, steps=2, resume=True))
+    Path(pairs).write_text(Path(pairs).read_text().replace("a cat runs,A", "a cat runs,B"))
+    for script, changed, says in (
+            (train_align, replace(args, pairs=f"{wan}/pairs.csv"), "--steps 1 is not what .* began with, 2"),
+            (train_align, replace(args, steps=2), "--pairs .*pairs.csv is not what .*run began with"),
+            (train_reward, replace(noisy, steps=2), "--steps 2 is not what .* with, 1")):    # so is its lr
+        with refusing(says):
+            script.main(replace(changed, resume=True))
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_save_first_and_resume_wants_the_same_arguments(number, runs, tmp_path, monkeypatch, capsys):
-    _, args = job("dpo", runs, tmp_path / "run", steps=3)
-    clip, before = train_align.clip_grad_norm_, signal.getsignal(number)
-    interrupted = lambda *x: signal.raise_signal(number) or clip(*x)
-    with monkeypatch.context() as patch, refusing("stopped after step 1: the same command with --resume"):
-        patch.setattr(train_align, "clip_grad_norm_", interrupted)
-        train_align.main(replace(args))
-    assert signal.getsignal(number) is before
-    with refusing("--lr 1.0 is not what .*run began with, 0.003: bring that back"):
-        train_align.main(replace(args, resume=True, lr=1.0))
-    train_align.main(replace(args, resume=True))
-    assert "going on after step 1" in capsys.readouterr().out
-
-def test_a_run_is_the_same_by_what_its_files_hold_wherever_they_lie(runs, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_saves_and_goes_on_wherever_its_files_lie(number, runs, tmp_path, monkeypatch, capsys):
     for name in ("base", "reward"):
         shutil.copytree(runs / name, tmp_path / "here" / name)
-    args = align_args(tmp_path / "here", tmp_path / "here/run", n_pairs=8, batch=4, steps=4, save_every=1, cache=f"{tmp_path}/a")
-    main_killed(train_align, replace(args), 2, monkeypatch)
+    own, clip, before = SHORT | dict(steps=2), train_align.clip_grad_norm_, signal.getsignal(number)
+    with monkeypatch.context() as patch, refusing("stopped after step 1: the same command with --resume"):
+        patch.setattr(train_align, "clip_grad_norm_", lambda *x: signal.raise_signal(number) or clip(*x))
+        train_align.main(align_args(tmp_path / "here", tmp_path / "here/run", **own))
+    assert signal.getsignal(number) is before
     there = shutil.copytree(tmp_path / "here", tmp_path / "there")
-    moved = align_args(there, f"{there}/run/", n_pairs=8, batch=4, steps=6, save_every=2, accumulate=2, cache=f"{tmp_path}/b")
-    train_align.main(replace(moved, resume=True))
-    assert "going on after step 2" in capsys.readouterr().out
+    own |= dict(steps=3, save_every=2, accumulate=2, cache=f"{tmp_path}/b")                 # which may change
+    moved = align_args(there, f"{there}/run/", **own, resume=True)
+    with refusing("--lr 1.0 is not what .*run began with, 0.003: bring that back"):
+        train_align.main(replace(moved, lr=1.0))
+    train_align.main(replace(moved))
+    assert "going on after step 1" in capsys.readouterr().out
     file = there / "base" / DIT
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1                                             # in the middle of the weights
     file.write_bytes(content)
     with refusing("--model .*base is not what .*run began with"):
-        train_align.main(replace(moved, resume=True))
+        train_align.main(replace(moved))
     with refusing("was trained on another model than .* is now"):
         sample.load_model(there / "run", base=str(there / "base"))
 
 def test_a_large_file_is_known_by_pages_spread_over_it(tmp_path):
-    with open(tmp_path / "x", "wb") as file:
-        file.truncate(300 * 2**20)                                              # of zeros, which take no room
-    before = data.content_hash(tmp_path / "x")
-    with open(tmp_path / "x", "r+b") as file:
-        file.seek(150 * 2**20)
-        file.write(b"1" * 2**18)
-    assert data.content_hash(tmp_path / "x") != before
+    hashes = []
+    for text in (b"", b"1" * 2**18):
+        with open(tmp_path / "x", "wb") as file:
+            file.truncate(300 * 2**20)                                          # of zeros, which take no room
+            file.seek(150 * 2**20)
+            file.write(text)
+        hashes.append(data.content_hash(tmp_path / "x"))
+    assert hashes[0] != hashes[1]
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("name", ["dpo", "noisy"])
+@pytest.mark.parametrize("name, what", [("dpo", "loss"), ("noisy", "gradient")])
 def test_numbers_gone_wrong_stop_the_run_and_are_named(name, what, runs, tmp_path, monkeypatch):
-    script, args = job(name, runs, tmp_path / "run", n_pairs=16, steps=6)
+    script, args = job(name, runs, tmp_path / "run", n_pairs=16, steps=4)
     clip, noise, norms = script.clip_grad_norm_, script.draw_noise, []
     before = signal.getsignal(signal.SIGINT)
 
     def draw(shape, seed, step, samples, **settings):
         t, eps = noise(shape, seed, step, samples, **settings)
-        eps[samples.index(max(samples))] *= NAN if step == 3 and what == "loss" else 1
+        eps[samples.index(max(samples))] *= NAN if step == 1 and what == "loss" else 1
         return t, eps
 
     def norm(*x):
         norms.append(clip(*x))
-        return norms[-1] * (math.inf if len(norms) == 4 and what == "gradient" else 1)
+        return norms[-1] * (math.inf if len(norms) == 2 and what == "gradient" else 1)
     monkeypatch.setattr(script, "draw_noise", draw)
     monkeypatch.setattr(script, "clip_grad_norm_", norm)
-    with pytest.raises(UserError, match="^step 4: loss or gradient is not finite, of rows") as stop:
+    with pytest.raises(UserError, match="^step 2: loss or gradient is not finite, of rows") as stop:
         script.main(args)
     assert signal.getsignal(signal.SIGINT) is before                            # Ctrl-C is given back
-    rows = json.loads(re.search(r"\[.*\]", str(stop.value))[0])
-    assert len(rows) == (1 if what == "loss" and script is train_align else 4)
-    assert torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 3
+    assert len(json.loads(re.search(r"\[.*\]", str(stop.value))[0])) == (1 if what == "loss" else 4)
+    assert torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 1
 
 @pytest.mark.parametrize("what", ["state", "dpo", "noisy", "videos", "cache"])
 def test_a_full_disk_ends_in_one_line(what, runs, tmp_path, capsys):
     """Files may grow to 4000 bytes only, which stops writes as a full disk does."""
-    changes = dict(save_every=1) if what == "state" else {}
-    script, args = job("dpo" if what in ("state", "cache") else what, runs, tmp_path / "run", **changes)
+    script, args = job("dpo" if what in ("state", "cache") else what, runs, tmp_path / "run",
+                       **dict(save_every=1) if what == "state" else {})
     main = script.main if what != "cache" else lambda _: data.save_cached(torch.zeros(9999), tmp_path / "x")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
@@ -1488,18 +1376,17 @@ def test_a_full_disk_ends_in_one_line(what, runs, tmp_path, capsys):
     assert not [f for f in tmp_path.rglob("*") if f.suffix in (".safetensors", ".pt")]
 
 def test_a_rehearsal_tells_time_and_memory_and_moves_nothing(wan, monkeypatch, capsys):
-    args = wan_args(wan, "rehearsed", cache=f"{wan}/nowhere")
-    world = data.world_of(args.model)
+    args, world = wan_args(wan, "rehearsed", cache=f"{wan}/nowhere"), data.world_of(wan)
     train_align.check_args(args, world)
     m, reference = train_align.policy_and_reference(args, "cpu")
     before, state = [p.clone() for p in m.parameters()], torch.get_rng_state()
-    for held, fits in ((1, True), (10**12, False)):                             # bytes, of 100 GB
+    for held in (1, 10**12):                                                    # bytes, of 100 GB
         peaks = iter([0, held])
         monkeypatch.setattr(train_align, "memory", lambda device: (next(peaks), 10**11))
         train_align.rehearse(args, world, m, reference, 7, "cpu")
         said = capsys.readouterr().out
         assert re.search("s a micro-batch; 7 steps take about .* minutes and .* of 100 GB", said)
-        assert args.decoupled and fits == ("--no-decoupled is faster" in said)
+        assert args.decoupled and (held == 1) == ("--no-decoupled is faster" in said)
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(m.parameters(), before))
     assert torch.equal(torch.get_rng_state(), state) and not Path(args.cache).exists()
 
@@ -1517,10 +1404,10 @@ def test_memory_that_runs_out_ends_in_one_line_that_names_what_helps(capsys):
         if torch.cuda.is_available():
             torch.empty(10**15, dtype=torch.uint8, device="cuda")
         raise torch.OutOfMemoryError("CUDA out of memory.")                     # what torch says there
-    for script, flags in ((train_align, {"--accumulate", "--decoupled", "--shard", "--frames", "--size"}),
-                          (sample, {"--batch", "--frames", "--size"}), (train_reward, {"--accumulate"})):
+    for script, flags in ((train_align, "--accumulate --decoupled --shard --frames --size"),
+                          (sample, "--batch --frames --size"), (train_reward, "--accumulate")):
         said = refusal(main, script.Args, [], capsys)
-        assert said.startswith("error: out of memory: ") and flags <= set(re.findall(r"--\w+", said))
+        assert said.startswith("error: out of memory: ") and {*flags.split()} <= {*re.findall(r"--\w+", said)}
 
 @pytest.mark.skipif(not hasattr(torch.cuda, "standin"), reason="needs a GPU of any size, as the stand-in is")
 def test_a_rehearsal_that_does_not_fit_leaves_no_folder(wan, tmp_path):
@@ -1529,14 +1416,6 @@ def test_a_rehearsal_that_does_not_fit_leaves_no_folder(wan, tmp_path):
                          capture_output=True, text=True)
     assert out.returncode == 2 and out.stderr.strip().splitlines()[-1].startswith("error: out of memory: ")
     assert not (tmp_path / "run").exists()
-
-def test_averaged_weights_are_those_that_are_trained(runs, tmp_path):
-    for ema in (0.5, 0.0):
-        align(runs, tmp_path / str(ema), steps=3, ema=ema, save_every=1, eval_n=1, eval_steps=1)
-    a, b = (weights(tmp_path / x / "lora.safetensors") for x in ("0.5", "0.0"))
-    assert a.keys() == b.keys() and not any(torch.equal(a[k], b[k]) for k in a if "lora_B" in k)
-    state = torch.load(tmp_path / "0.5/state.pt", weights_only=True)
-    assert len(state["average"]) == len(a) and len(state["model"]) == len(a)
 
 # ---- Wan ----
 # The same scripts on Wan 2.1 and 2.2: tiny random pipelines of the real classes, saved by diffusers itself.
@@ -1578,31 +1457,28 @@ def test_a_content_is_encoded_once_and_read_once(wan, tmp_path, monkeypatch):
     pixels = data.read_clip(wan / "v/a.mp4", 5, (32, 48))
     assert torch.equal(x0[0, 0], own(world, pixels[None])[0].bfloat16().float())
     assert text[0].any(1).sum() == 4                                            # three words, the end, zeros
-    file = world.cached[pairs.videos[1][0]]
-    file.unlink()
+    world.cached[pairs.videos[1][0]].unlink()
     monkeypatch.setattr(data, "content_hash", lambda path: opened.append(Path(path).suffix) or hash_of(path))
     again.encode(again.read(args), args)
     assert len(encoded) == 5 and torch.equal(again.latents(pairs, [0, 2, 1]), x0)
     assert opened and ".mp4" not in opened                                 # remembered by path, size and time
-    args.frames = 9
-    again.encode(again.read(args), args)  # other settings, other latents
-    assert len(encoded) == 9
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: data.save_cached(torch.zeros(50, 50), file), range(50)))
-    assert data.load_cached(file).shape == (50, 50)
+    again.encode(again.read(replace(args, frames=9)), replace(args, frames=9))
+    assert len(encoded) == 9                                               # other settings, other latents
 
 def test_what_is_cut_away_of_pictures_and_prompts_is_told(wan, tmp_path, capsys):
     write_clips(tmp_path, ["v/a.mp4", "v/b.mp4"], size=(96, 54))
     long = "a cat runs " * 200
-    (tmp_path / "pairs.csv").write_text(f"prompt,chosen,rejected\n{long},v/a.mp4,v/b.mp4\na cat,v/b.mp4,v/a.mp4\n")
+    rows = ["prompt,chosen,rejected", f"{long},v/a.mp4,v/b.mp4", "a cat,v/b.mp4,v/a.mp4"]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
     world, args = data.Wan(wan), wan_args(wan, "", pairs=f"{tmp_path}/pairs.csv", cache=f"{tmp_path}/cache")
     pairs = world.read(args)
-    assert "2 of 2 videos lose more than a third of the picture at --size 32,48; --size 48,32" in capsys.readouterr().out
+    said = "2 of 2 videos lose more than a third of the picture at --size 32,48; --size 48,32"
+    assert said in capsys.readouterr().out
     world.encode(pairs, args)
     assert "1 of 2 prompts are cut at 512 tokens: 'a cat runs" in capsys.readouterr().out
 
 def test_a_lora_of_wan_loads_in_diffusers_and_a_second_round_starts_there_and_holds_both(wan, tmp_path):
-    one, batch = wan_args(wan, "", dtype="bf16", out=f"{tmp_path}/one"), wan_batch()
+    one, batch = wan_args(wan, "", dtype="bf16", steps=6, out=f"{tmp_path}/one"), wan_batch()
     two = replace(one, model=one.out, seed=1, out=f"{tmp_path}/two")
     train_align.main(replace(one))
     train_align.check_args(two, data.world_of(two.model))
@@ -1636,34 +1512,32 @@ def test_each_expert_is_trained_in_its_range_and_its_lora_loads_in_diffusers(wan
         train_align.main(replace(args, model=f"{tmp_path}/low", expert="high", out=f"{tmp_path}/x"))
     runs, world = [f"{tmp_path}/low", f"{tmp_path}/high"], data.world_of(folder)        # in any order
     both, one, plain = (sample.load_all(x, world, torch.float32) for x in (runs, runs[:1], [str(folder)]))
-    for t, same in ((0.9, True), (0.3, False)):                               # one run beside the plain other
-        assert torch.equal(one(*wan_batch(t)), plain(*wan_batch(t))) == same
     with refusing("must be one of each expert"):
         sample.load_all(runs[:1] * 2, world, torch.float32)
-    sample.main(sample.Args(ckpt=runs, prompt=["a cat"], steps=2, against="base", out=f"{tmp_path}/out"))
-    assert data.video_info(tmp_path / "out/start/000.mp4")[:2] == (5, 16.0)
     pipe = pipeline(folder, runs[1], runs[0])
     for t, theirs in ((0.9, pipe.transformer), (0.3, pipe.transformer_2)):
         assert_close(both(*wan_batch(t)), velocity_of(theirs, *wan_batch(t)))
+        assert torch.equal(one(*wan_batch(t)), plain(*wan_batch(t))) == (t == 0.9)  # beside the plain other
+    sample.main(sample.Args(ckpt=runs, prompt=["a cat"], steps=2, against="base", out=f"{tmp_path}/out"))
+    assert data.video_info(tmp_path / "out/start/000.mp4")[:2] == (5, 16.0)
 
 def test_the_5b_is_trained_and_written_at_its_own_rate_and_grid(wans, tmp_path):
-    args = wan_args(wans["5b"], "", size=(64, 96), steps=1, batch=2, accumulate=2,
-                    cache=f"{tmp_path}/cache", out=f"{tmp_path}/run")
+    args = wan_args(wans["5b"], "", size=(64, 96), steps=1, cache=f"{tmp_path}/cache", out=f"{tmp_path}/run")
     train_align.main(args)
     sample.main(sample.Args(ckpt=[args.out], prompt=["a cat"], steps=1, out=f"{tmp_path}/out"))
     assert data.video_info(tmp_path / "out/000.mp4") == (5, 24.0, 64, 96)
-    batch = wan_batch(channels=48)
-    theirs = pipeline(wans["5b"], args.out).transformer
+    theirs, batch = pipeline(wans["5b"], args.out).transformer, wan_batch(channels=48)
     assert_close(sample.load_model(args.out)(*batch), velocity_of(theirs, *batch))
 
 def test_a_run_is_sampled_as_it_was_trained_and_with_its_base_in_a_new_place(wan, tmp_path):
-    shutil.copytree(wan, tmp_path / "there", ignore=shutil.ignore_patterns("dpo", "runs"))
-    train_align.main(wan_args(tmp_path / "there", "run", cache=f"{tmp_path}/cache", steps=1))
-    args = sample.Args(ckpt=[f"{tmp_path}/there/run"], prompt=["a cat"], out=f"{tmp_path}/drawn")
-    sample.check_args(args, data.world_of(args.ckpt[0]))
+    there, here = tmp_path / "there", tmp_path / "here"
+    shutil.copytree(wan, there, ignore=shutil.ignore_patterns("cache"))
+    train_align.main(wan_args(there, "run", cache=f"{tmp_path}/cache", steps=1))
+    args = sample.Args(ckpt=[f"{there}/run"], prompt=["a cat"], out=f"{tmp_path}/drawn")
+    sample.check_args(args, data.world_of(there / "run"))
     assert (args.frames, *args.size, args.shift, args.cfg) == (5, 32, 48, 8.0, 6.0)
-    expected = sample.load_model(tmp_path / "there/run")(*wan_batch())
-    here = (tmp_path / "there").rename(tmp_path / "here")
+    expected = sample.load_model(there / "run")(*wan_batch())
+    there.rename(here)
     with refusing("there is no folder"):
         sample.load_model(here / "run")
     assert torch.equal(sample.load_model(here / "run", base=str(here))(*wan_batch()), expected)
@@ -1671,113 +1545,111 @@ def test_a_run_is_sampled_as_it_was_trained_and_with_its_base_in_a_new_place(wan
     assert data.video_info(tmp_path / "drawn/000.mp4") == (5, 16.0, 32, 48)
 
 def test_wan_trains_in_bf16_or_all_its_weights_in_fp32_and_checkpointing_moves_no_digit(wan, tmp_path):
-    for name, changes in (("sft", dict(loss="sft", dtype="bf16")), ("half", dict(dtype="bf16")),
-                          ("plain", dict(checkpointing=False)), ("kept", dict(checkpointing=True))):
-        train_align.main(wan_args(wan, name, steps=2, accumulate=1, batch=2, **changes))
-    assert_near(*(weights(wan / name / "lora.safetensors") for name in ("plain", "kept")), 1e-6)
-    plain, half = (data.read_log(wan / name)[-1]["err_ref_w"] for name in ("plain", "half"))
+    for name, changes in (("half", dict(dtype="bf16")), ("plain", dict(checkpointing=False)),
+                          ("kept", dict(checkpointing=True)),
+                          ("full", dict(loss="sft", lora_rank=0, dtype="bf16"))):
+        args = wan_args(wan, "", steps=1, lr=1e-4, out=f"{tmp_path}/{name}", **changes)
+        train_align.main(args)
+    assert_near(*(weights(tmp_path / name / "lora.safetensors") for name in ("plain", "kept")), 1e-6)
+    plain, half = (data.read_log(tmp_path / name)[-1]["err_ref_w"] for name in ("plain", "half"))
     assert plain != half and plain == pytest.approx(half, rel=0.02)
-    args = wan_args(wan, "", lora_rank=0, dtype="bf16", steps=1, lr=1e-5, out=f"{tmp_path}/run")
-    train_align.main(args)
-    saved = weights(tmp_path / "run/transformer/diffusion_pytorch_model.safetensors")
-    assert {x.dtype for x in saved.values()} == {torch.float32}
+    assert {x.dtype for x in weights(tmp_path / "full" / DIT).values()} == {torch.float32}
     m, _ = train_align.policy_and_reference(args, "cpu")
     v, m.compute_dtype = m(*wan_batch()), None                                  # under bf16 autocast
     assert 1e-5 < (v - m(*wan_batch())).norm() / v.norm() < 0.05
 
-def test_14b_is_sampled_with_numbers_of_its_own(wan, tmp_path):
-    large = shutil.copytree(wan, tmp_path / "large", ignore=shutil.ignore_patterns("cache", "*.mp4"))
-    config = read(wan / "transformer/config.json") | dict(num_attention_heads=40, attention_head_dim=128)
-    data.write_json(large / "transformer/config.json", config)
-    args = sample.Args(model=str(large), prompt=["a cat"], out=f"{tmp_path}/out")
-    sample.check_args(args, data.world_of(args.model))
-    assert (args.shift, args.cfg) == (5.0, 5.0)
-
-def test_each_expert_has_a_guidance_of_its_own_and_cfg_alone_is_of_both(wans, tmp_path):
+def test_each_expert_has_a_guidance_of_its_own_and_cfg_alone_is_of_both(wan, wans, tmp_path):
     folder, world = str(wans["a14b"]), data.world_of(wans["a14b"])
     model, texts = sample.load_all([folder], world, torch.float32), sample.embed_all(world, ["a cat"])
+
     def drawn(ts, high, low):
         found = sample.generate(model, world, ["a cat"], texts, 0, tensor(ts), (5, 32, 48), high, cfg_low=low)
         return next(found)[1]
     for ts, guided in (([1, 0.9], False), ([0.8, 0.0], True)):                  # the boundary is 0.875
         one, both, low = (drawn(ts, *scales) for scales in ((1, 1), (3, 3), (1, 3)))
         assert torch.equal(low, both if guided else one) and not torch.equal(one, both)
-    for given, found in (((None, None), (4.0, 3.0)), ((1.0, None), (1.0, 1.0)), ((1.0, 3.0), (1.0, 3.0))):
-        args = sample.Args(model=folder, prompt=["a cat"], cfg=given[0], cfg_low=given[1], out=f"{tmp_path}/out")
-        sample.check_args(args, world)
-        assert (args.cfg, args.cfg_low) == found
+    large = shutil.copytree(wan, tmp_path / "14b", ignore=shutil.ignore_patterns("cache", "*.mp4"))
+    config = read(wan / "transformer/config.json") | dict(num_attention_heads=40, attention_head_dim=128)
+    data.write_json(large / "transformer/config.json", config)                  # it has numbers of its own
+    for path, given, names, found in (
+            (folder, {}, "cfg cfg_low", [4.0, 3.0]), (folder, dict(cfg=1.0), "cfg cfg_low", [1.0, 1.0]),
+            (folder, dict(cfg=1.0, cfg_low=3.0), "cfg cfg_low", [1.0, 3.0]),
+            (large, {}, "cfg shift", [5.0, 5.0])):
+        args = sample.Args(model=str(path), prompt=["a cat"], out=f"{tmp_path}/out", **given)
+        sample.check_args(args, data.world_of(path))
+        assert [getattr(args, name) for name in names.split()] == found
 
 def test_all_lora_files_count_and_two_experts_take_two(wan, wans, tmp_path):
-    for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        save_lora(shake_lora(add_lora(sample.load_model(wan), 2, 2.0)), tmp_path / name)
-    files, world = [str(tmp_path / name) for name in "ab"], data.world_of(wan)
+    files, a14b = [str(tmp_path / name) for name in "ab"], str(wans["a14b"])
+    for file in files:
+        save_lora(shake_lora(add_lora(sample.load_model(wan), 2, 2.0)), file)
+    world = data.world_of(wan)
     one, both = (sample.load_all([str(wan)], world, torch.float32, files[:n])(*wan_batch()) for n in (1, 2))
     joined = load_lora(load_lora(sample.load_model(wan), files[0]), files[1])(*wan_batch())
     assert torch.equal(both, joined) and not torch.equal(one, both)
-    world, plain = data.world_of(wans["a14b"]), [str(wans["a14b"])]
-    experts = sample.load_all(plain, world, torch.float32, files)
+    world = data.world_of(a14b)
+    experts = sample.load_all([a14b], world, torch.float32, files)
     for t, part, file in ((0.9, "high", files[0]), (0.3, "low", files[1])):
-        m = load_lora(sample.load_model(wans["a14b"], expert=part), file)
+        m = load_lora(sample.load_model(a14b, expert=part), file)
         assert torch.equal(experts(*wan_batch(t)), m(*wan_batch(t)))
     for wrong in (files[:1], files + files[:1]):
         with refusing("--lora takes two files"):
-            sample.check_args(sample.Args(model=plain[0], prompt=["a cat"], lora=wrong, **CLIP), world)
+            sample.check_args(sample.Args(model=a14b, prompt=["a cat"], lora=wrong, **CLIP), world)
 
 def test_texts_come_first_and_then_one_model_at_a_time(wans, tmp_path, monkeypatch):
     events, models, load, embed = [], [], VideoDiT.from_pretrained.__func__, sample.embed_all
+
     def from_pretrained(*args):
         events.append(sum(any(p.device.type != "meta" for p in m.parameters()) for m in models))
         models.append(load(*args))
         return models[-1]
     monkeypatch.setattr(VideoDiT, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(sample, "embed_all", lambda *args: events.append("texts") or embed(*args))
-    sample.main(sample.Args(model=str(wans["a14b"]), against=str(wans["a14b"]), prompt=["a cat"], steps=2,
-                            out=f"{tmp_path}/out", **CLIP))
+    a14b = str(wans["a14b"])
+    out = f"{tmp_path}/out"
+    sample.main(sample.Args(model=a14b, against=a14b, prompt=["a cat"], steps=2, out=out, **CLIP))
     assert events == ["texts", 0, 1, 0, 1]                                      # two experts, and two again
-    assert (tmp_path / "out/000.mp4").read_bytes() == (tmp_path / "out/start/000.mp4").read_bytes()
 
 def test_wan_is_sampled_side_by_side_under_the_names_that_vbench_expects(wan, tmp_path):
     (tmp_path / "prompts.csv").write_text(
         "prompt,prompt_shorter\na cat runs and runs,a cat runs\na dog sleeps,\na cat runs,\n")
-    train_align.main(wan_args(wan, "side", steps=1))
-    sample.main(sample.Args(ckpt=[f"{wan}/side"], prompts=f"{tmp_path}/prompts.csv", n_per_prompt=2, steps=2,
-                            against="base", out=f"{tmp_path}/out", **CLIP))
+    sample.main(sample.Args(model=str(wan), prompts=f"{tmp_path}/prompts.csv", n_per_prompt=2, steps=1,
+                            against=str(wan), out=f"{tmp_path}/out", **CLIP))
     names = {f"a cat runs-{i}.mp4" for i in range(4)} | {f"a dog sleeps-{i}.mp4" for i in range(2)}
     for folder in (tmp_path / "out", tmp_path / "out/start"):
         assert {p.name for p in folder.glob("*.mp4")} == names and (folder / "samples.webp").exists()
-    frames, fps = data.read_video(tmp_path / "out/a dog sleeps-1.mp4")
-    assert frames.shape == (5, 32, 48, 3) and fps == 16
+    files = [tmp_path / folder / "a dog sleeps-1.mp4" for folder in ("out", "out/start")]
+    assert files[0].read_bytes() == files[1].read_bytes() and data.video_info(files[0]) == (5, 16.0, 32, 48)
 
 def test_a_noisy_reward_grows_from_wan_guides_it_and_judges_it(wan, tmp_path):
-    noisy = f"{tmp_path}/noisy"
-    train_reward.main(noisy_args(wan, noisy, steps=4, lr=1e-3))
-    train_align.main(wan_args(wan, "guided", loss="rwr", labels="reward", reward=noisy, steps=2))
-    args = sample.Args(model=str(wan), prompt=["a cat runs"], n_per_prompt=2, steps=3,
+    noisy, run, seen, (x, t, text) = f"{tmp_path}/noisy", f"{tmp_path}/run", [], wan_batch()
+    train_reward.main(noisy_args(wan, noisy, steps=2, lr=1e-3))
+    train_align.main(wan_args(wan, "", loss="rwr", labels="reward", reward=noisy, steps=1, out=run))
+    args = sample.Args(model=str(wan), prompt=["a cat runs"], n_per_prompt=2, steps=2,
                        out=f"{tmp_path}/plain", **CLIP)
     sample.main(replace(args))
-    result = sample.main(replace(args, ckpt=[f"{wan}/guided"], nrg=noisy, against="base", reward=noisy,
-                                 out=f"{tmp_path}/out"))
+    drawn = replace(args, ckpt=[run], nrg=noisy, against="base", reward=noisy, out=f"{tmp_path}/out")
+    result = sample.main(drawn)
     assert set(result["win_rate"]) == {*DIMS, "Overall"} and read(tmp_path / "out/eval.json") == result
     plain, guided, start = (data.read_video(tmp_path / name / "001.mp4")[0]
                             for name in ("plain", "out", "out/start"))
     assert not np.array_equal(plain, guided) and np.array_equal(plain, start)   # the same noise, unguided
     pairs = data.read_pairs(tmp_path / "out/pairs.csv")
     assert pairs.label[0, 3] == 1 and {path.name for path in pairs.videos[0]} == {"000.mp4", "001.mp4"}
-
-def test_a_latent_reward_of_wan_computes_in_bf16_and_its_gradient_is_fp32(wan):
-    (r, seen), (x, t, text) = (reward.LatentReward.from_base(sample.load_model(wan), 1), []), wan_batch()
+    r = reward.LatentReward.from_base(sample.load_model(wan), 1)            # in bf16 but at its ends
     r.hidden.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
     score = r.score(x.requires_grad_(), t, text)
-    assert seen == [torch.bfloat16] and score.dtype == torch.float32
-    assert torch.autograd.grad(score.sum(), x)[0].dtype == torch.float32
+    gradient, = torch.autograd.grad(score.sum(), x)
+    assert seen == [torch.bfloat16] and score.dtype == gradient.dtype == torch.float32
 
 def test_videoreward_labels_the_pairs_of_wan_and_judges_what_it_draws(wan, qwen, tmp_path, capsys):
-    judge = dict(reward=f"{qwen[0]}/released", template=f"{qwen[0]}/prompt_template.py")
-    train_align.main(wan_args(wan, "judged", loss="rwr", labels="reward", steps=2, **judge))
+    judge = dict(zip(("reward", "template"), released(qwen)))
+    args = wan_args(wan, "", loss="rwr", labels="reward", steps=1, cache=f"{tmp_path}/c",
+                    out=f"{tmp_path}/run", **judge)
+    train_align.main(args)
     assert "3 of 3 pairs labelled by reward" in capsys.readouterr().out
-    assert len([*(wan / "cache").glob("score-*")]) >= 5                         # distinct videos and prompts
-    result = sample.main(sample.Args(ckpt=[f"{wan}/judged"], prompt=["a dog runs"], n_per_prompt=2, steps=2,
+    assert len([*(tmp_path / "c").glob("score-*")]) == 5                        # distinct videos and prompts
+    result = sample.main(sample.Args(ckpt=[args.out], prompt=["a dog runs"], n_per_prompt=2, steps=1,
                                      against="base", out=f"{tmp_path}/out", **CLIP, **judge))
     assert result["n"] == 2 and result["judge"] == judge["reward"]
 
@@ -1788,31 +1660,25 @@ REFUSALS = """
 train_align   --lss dpo                                            unknown argument --lss
 train_align   --loss ppo                                           choose from
 train_align   --steps many                                         is not a whole number, 1 or more
-sample        --prompt p --n_per_prompt 0                          is not a whole number, 1 or more
 train_align   --dim_w 1,1                                          give 3 numbers, not all 0
 train_align   --lora_rank -1                                       give 0 or more
 train_align   --loss rwr --tau 0                                   --tau more than 0
 train_align   --loss rwr --labels human                            use --labels reward
 train_align   --loss pretrain --lora_rank 4                        trains all weights
 train_reward  --tie 1                                              above 1
-train_reward  --label_noise 0                                      above 0
 train_reward  --depth 99 --n_pairs 9                               blocks
 train_align   --model runs/nowhere                                 is no folder
-sample        --ckpt runs/nowhere --eval 4                         is no folder
 train_align   --model {empty}                                      is the run finished
 train_align   --model {other} --n_pairs 9                          does not fit the model
-train_align   --model {cut}                                        cannot be read as safetensors
 train_align   --model {pickle}                                     cannot be read as safetensors
 train_align   --model {world} --n_pairs 9                          another Shapes world
 train_align   --model {layers} --n_pairs 9                         text-to-video Wan: {{'num_layers': 0}}
-train_align   --model {image} --n_pairs 9                          text-to-video Wan: {{'image_dim': 1280}}
 train_align   --out {file}/run                                     Not a directory
 train_align   --out {toy}                                          exists: --resume goes on with it
 train_align   --resume --out {broken}                              config.json cannot be read as JSON
 sample        --size 30,30 --eval 4                                --frames and --size are for Wan
 sample        --out x                                              one thing at a time
 sample        --eval 4 --split test                                invalid choice
-sample        --eval 4 --x beta                                    one thing at a time
 sample        --compare {won} --cfg 3                              stand --x, --y, --by and --out alone
 sample        --eval 4 --against base                              this model has none
 sample        --prompt 'a dog'                                     not a prompt of Shapes world
@@ -1822,43 +1688,33 @@ sample        --prompts {blank}                                    row 3 has no 
 sample        --compare {empty}                                    eval.json cannot be read as JSON
 sample        --compare {nothing}                                  takes runs with win rates
 sample        --compare {won} --x rg_scale --y win_rate/XQ         cannot be drawn: 'XQ'
-sample        --compare {won} --x nrg                              could not convert
 sample        --compare {won} --out drawn                          draws one .webp
-sample        --compare {won} --out gone/a.webp                    in a folder that exists
 reward        --video {file} --prompt 'a red circle moving left'   cannot be read as a video
 train_align   --pairs gone.csv                                     gone.csv
 reward        {ask}                                                KwaiVGI/VideoAlign
 reward        {ask} --template {base}/config.json                  must set DETAILED_PROMPT
 reward        --video {clip} --ckpt {released} --template {template}  --prompt
 reward        {ask} --ckpt nobody/nothing                          does not exist
-reward        {ask} --ckpt {base}                                  holds no finished reward
 reward        {ask} --template {template} --base {released}        is not a Qwen2-VL
 reward        {ask} --template {template} --ckpt {odd}             only sample_type = 'uniform' is supported
-reward        {ask} --template {template} --ckpt {cut_reward}      model.pth cannot be read
 reward        {ask} --template {template} --ckpt {short}           does not fit the model: Missing
 reward        {ask} --template {template} --ckpt {evil}            model.pth cannot be read
 train_reward  --model {base}                                       with --pairs
 train_reward  --pairs {prefs}                                      is not a prompt of Shapes world
-train_reward  --model assets/reward                                with --pairs
 train_reward  --model assets/reward --pairs {prefs} --depth 2      no --depth
 train_reward  --model assets/noisy --pairs {prefs}                 --noisy as it was
 train_reward  --eval oracle --pairs {prefs}                        oracle is no folder
 train_reward  --model {base} --pairs {prefs} --noisy               on latents
 train_reward  --model {base} --pairs {plain} --loss regression     MOS_A_VQ
 train_reward  --model {base} --pairs {unread}                      row 2: {root}/text.mp4 cannot be read
-train_reward  --eval {released} --template {template}              with --pairs
 train_align   --model {wan} --labels human                         has no pairs of its own
 train_align   --model {wan} --frames 6                             4k + 1 frames
 sample        --model {wan} --prompt p --size 30,30                give multiples of 16
 sample        --model {wan} --eval 4                               are of Shapes world
 sample        --model {text_encoder} {draw}                        git lfs pull
-sample        --model {tokenizer} {draw}                           git lfs pull
-sample        --model {vae} {draw}                                 git lfs pull
 sample        --model {transformer} {draw}                         git lfs pull
 sample        --model {half} {draw}                                has 2 missing tensors
 sample        --model {wan}/{dit} {draw}                           is no folder
-sample        --model {wan} {draw} --lora {empty}                  cannot be read as safetensors
-train_reward  --model {base_pointer} --pairs {prefs}               git lfs pull
 train_reward  --model {qwen25} --pairs {prefs}                     only Qwen2-VL
 reward        --video {clip} --prompt p --ckpt {released}/checkpoint-30  above checkpoint-<step>/
 reward        {ask} --template {template} --video {pointer}        git lfs pull
@@ -1867,141 +1723,111 @@ HEAD = "path_A,path_B,prompt,VQ\n"
 JSON_ROW = '{"path_A": "a.mp4", "path_B": "a.mp4", "prompt": "p", "VQ": "A"}'
 BAD_PAIRS = {                                                            # a file of pairs: what is said of it
     "": "holds no pairs", HEAD: "holds no pairs", "PAR1\xff": "is not UTF-8 text (byte 4): save it as CSV",
-    "video,caption\na,b\n": "columns caption, video: wanted are prompt, chosen, rejected", "a\xff": "is not UTF-8",
+    "video,caption\na,b\n": "columns caption, video: wanted are prompt, chosen, rejected",
     "path_A,path_B,prompt\na.mp4,a.mp4,p\n": "and one of VQ, MQ, TA, Overall",
-    f"{HEAD}a.mp4,gone.mp4,p,A\n": "row 2: {root}/gone.mp4 is no file", f"{HEAD}a.mp4,a.mp4,,A\n": "row 2 has no prompt",
+    f"{HEAD}a.mp4,gone.mp4,p,A\n": "row 2: {root}/gone.mp4 is no file",
+    f"{HEAD}a.mp4,a.mp4,,A\n": "row 2 has no prompt",
     f"{HEAD}a.mp4,a.mp4,p,1\na.mp4,a.mp4,p,0\n": "row 2: VQ is '1': write A, B, same, or nothing",
     f"{HEAD}{'x' * 5000}.mp4,a.mp4,p,A\n": "xxx.mp4 is no file",
-    f'{HEAD}"a\nb.mp4",a.mp4,p,A\n': "b.mp4 is no file", f"{HEAD}a.mp4,empty,p,A\n": "empty is no file",
+    f'{HEAD}"a\nb.mp4",a.mp4,p,A\n': "b.mp4 is no file",
+    f"{HEAD}a.mp4,empty,p,A\n": "empty is no file", f'{HEAD}a.mp4,a.mp4,"open,A\n': "is no CSV",
     f"{HEAD}a.mp4,a.mp4,{PROMPTS[0]},A\n": "in each, both sides are the same video",
     '{"version": 2, "data": [{"prompt": "p"}]}': "columns data, version: wanted are",
     '{"version": 2,\n"data": []}': "JSON list of rows (not under a key)",
-    f'{HEAD}a.mp4,a.mp4,"open,A\n': "is no CSV",
     f"{HEAD}a.mp4,a.mp4,one, two,A\n": "row 2 has more or fewer fields than the header: texts with "
                                        "the separator ',' must stand in quotes",
-    f"{HEAD}a.mp4,a.mp4,p,A\na.mp4,a.mp4\n": "row 3 has more or fewer fields",
     JSON_ROW.replace('"p"', '["p"]'): 'row 1: prompt is ["p"] and must be a text',
     JSON_ROW.replace('"p"', "NaN"): "row 1 has no prompt",
-    JSON_ROW.replace('"A"', '{"x": 1}'): 'row 1: VQ is {"x": 1} and must be a text',
     JSON_ROW.replace('"p"', '"\\ud83d"'): "must be a text",
-    "path_A,path_B,prompt,VQ,MOS_A_VQ\na.mp4,a.mp4,p,A,80\n": "points off the scale of 1 to 5",
-    "path_A,path_B,prompt,VQ,MOS_A_VQ\na.mp4,a.mp4,p,A,0\n": "row 2 has points off"}
+    "path_A,path_B,prompt,VQ,MOS_A_VQ\na.mp4,a.mp4,p,A,80\n": "row 2 has points off the scale of 1 to 5"}
 
 @pytest.mark.parametrize("script", [train_align, train_reward, sample, reward], ids=lambda m: m.__name__)
 def test_what_the_user_can_mend_ends_in_one_line_and_status_2(script, spoiled, monkeypatch, capsys):
     root, names = spoiled
     monkeypatch.chdir(root)
-    rows = [re.split(r"\s{2,}", line) for line in REFUSALS.strip().splitlines()]
-    rows = [(words.format(**names), says.format(**names)) for name, words, says in rows
-            if name == script.__name__]
+    rows = [re.split(r"\s{2,}", line.format(**names)) for line in REFUSALS.strip().splitlines()]
     if script is train_align:
-        rows += [(f"--pairs bad{i}", says.replace("{root}/", "")) for i, says in enumerate(BAD_PAIRS.values())]
+        says = [says.replace("{root}/", "") for says in BAD_PAIRS.values()]
+        rows += [("train_align", f"--pairs bad{i}", x) for i, x in enumerate(says)]
     before = sorted(root.rglob("*"))
-    for line, says in rows:
-        words = shlex.split(line)
-        assert says in refusal(script.main, script.Args, words, capsys), line
-        assert sorted(root.rglob("*")) == before, line
+    for name, line, says in rows:
+        if name == script.__name__:
+            assert says in refusal(script.main, script.Args, shlex.split(line), capsys), line
+            assert sorted(root.rglob("*")) == before, line
 
 def test_damaged_files_are_read_or_refused_in_one_line(runs, tmp_path, n=12, seed=0):
-    align(runs, tmp_path / "dpo", n_pairs=4, steps=1, batch=2, eval_n=1, eval_steps=1)
+    align(runs, tmp_path / "dpo", **SHORT)
     for name in ("base", "reward"):
         shutil.copytree(runs / name, tmp_path / name)
     write_clips(tmp_path, ["a.mp4", "b.mp4"], frames=6)
     (tmp_path / "pairs.csv").write_text("path_A,path_B,prompt,VQ,MQ,MOS_A_VQ\n"
                                         'a.mp4,b.mp4,"a cat, asleep",A,same,4\nb.mp4,a.mp4,a dog,B,,2\n')
     (tmp_path / "pairs.jsonl").write_text(JSON_ROW + JSON_ROW.replace('{', '\n{').replace('"A"', "null"))
-    (tmp_path / "prompts.csv").write_text("prompt,prompt_shorter\na cat,\na dog that sleeps,dog\n")
 
-    def model(folder):
+    def model(path):
+        folder = path.parents[DIT in str(path)]
         return data.lineage(folder), sample.load_model(folder)(*random_batch())
 
     def video(path):
         return data.read_clip(path, 2, (16, 16)), reward.check_video(path), data.read_shapes(path)
-    outcomes, readers = {"read": 0, "refused": 0}, {
-        "pairs.csv": data.read_pairs, "pairs.jsonl": data.read_pairs, "a.mp4": video,
-        "prompts.csv": lambda path: sample.read_prompts(sample.Args(prompts=str(path)), data.Shapes()),
-        f"base/{DIT}": lambda path: model(path.parents[1]),
-        "base/transformer/config.json": lambda path: model(path.parents[1]),
-        "dpo/config.json": lambda path: model(path.parent),
-        "dpo/lora.safetensors": lambda path: model(path.parent),
-        "reward/reward.safetensors": lambda path: reward.load_reward(path.parent)}
-    for name, look in readers.items():
+    outcomes = []
+    for name, look in (("pairs.csv", data.read_pairs), ("pairs.jsonl", data.read_pairs), ("a.mp4", video),
+                       (f"base/{DIT}", model), ("dpo/config.json", model), ("dpo/lora.safetensors", model),
+                       ("reward/reward.safetensors", lambda path: reward.load_reward(path.parent))):
         content = (tmp_path / name).read_bytes()
         for i in range(n):
             (tmp_path / name).write_bytes(mutant(content, rng(name, seed, i)))
             try:
-                look(tmp_path / name)
-                outcomes["read"] += 1
+                outcomes.append(bool(look(tmp_path / name)))
             except UserError as e:                                              # anything else fails the test
+                outcomes.append(None)
                 assert len(str(e)) > 30, (name, seed, i)
-                outcomes["refused"] += 1
         (tmp_path / name).write_bytes(content)
-    assert min(outcomes.values()) > n, outcomes
+    assert n < outcomes.count(None) < len(outcomes) - n
 
-def label_page(folder):
-    """A Playwright page of Debian's Chromium, and the folder's label.html of four pairs of tiny videos of odd
-    prompts, opened in it.
-    """
+def test_a_person_labels_pairs_in_a_browser_and_training_reads_what_was_saved(tmp_path):
     api, chromium = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs chromium")
-    prompts = ["say \"hi\", <b>bold</b> & 'x'", "красный круг 赤い丸", "</script><script>alert(1)", "a, b; #c?%d"]
-    for side in "ab":
-        (folder / side).mkdir()
-        for i, prompt in enumerate(prompts):
-            name = f"{prompt.replace('/', ' ')}-{i}.mp4"
-            data.write_video(folder / side / name, torch.rand(3, 8, 16, 16) * 2 - 1, 8)
-    table = folder / "pairs.csv"
-    with open(table, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["prompt", "chosen", "rejected"])
-        for i, prompt in enumerate(prompts):
-            rows.writerow([prompt, *(f"{side}/{prompt.replace('/', ' ')}-{i}.mp4" for side in "ab")])
-    return api, chromium, prompts
-
-
-def test_a_person_labels_pairs_in_a_browser_and_training_reads_what_was_saved(tmp_path):
-    api, chromium, prompts = label_page(tmp_path)
+    prompts = ["say \"hi\", <b>bold</b> & 'x'", "красный круг 赤い丸", "</script><script>alert(1)",
+               "a, b; #c?%d"]
+    rows = [[prompt, *(f"{side}/{prompt.replace('/', ' ')}.mp4" for side in "ab")] for prompt in prompts]
+    write_clips(tmp_path, [name for row in rows for name in row[1:]])
+    with open(tmp_path / "pairs.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["prompt", "chosen", "rejected"], *rows])
     data.main(data.Args(str(tmp_path / "pairs.csv")))
+    shown, faults = [], []
     with api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page()
+        page = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
         page.goto((tmp_path / "pairs.html").as_uri())
-        shown, faults = [], []
         page.on("pageerror", lambda fault: faults.append(str(fault)))
+
+        def press(*keys):
+            shown.append(page.locator("h1").inner_text())
+            for key in keys:
+                page.keyboard.press(key)
         page.wait_for_function("[...videos].every(v => v.currentTime > 0)")       # both play
         swapped = page.evaluate("state.swapped")
-        shown.append(page.locator("h1").inner_text())
-        for key in "168":                                                         # VQ A, MQ B, TA same
-            page.keyboard.press(key)
-        page.keyboard.press("n")
-        shown.append(page.locator("h1").inner_text())
+        press(*"168n")                                                            # VQ A, MQ B, TA same
         page.locator("fieldset").nth(0).get_by_text("B").click()                  # by mouse
-        page.locator("#next").click()
+        press("n")
         page.reload()                                                             # in the middle
         assert page.locator("#place").inner_text() == "Pair 3 of 4"
         assert page.evaluate("state.swapped") == swapped
-        shown.append(page.locator("h1").inner_text())
-        page.keyboard.press("1")
         page.locator("#back").click()
         assert page.locator("fieldset").nth(0).get_by_label("B").is_checked()     # it was kept
         page.keyboard.press("n")
+        press("1")
         page.locator("#skip").click()                                             # the third is not judged
-        shown.append(page.locator("h1").inner_text())
-        page.keyboard.press("Tab")                                                # by keyboard alone: the
-        page.keyboard.press("Space")                                              # first answer, then "same"
-        page.keyboard.press("ArrowRight")
-        page.keyboard.press("Enter")
+        press("Tab", "Space", "ArrowRight", "Enter")                           # the first answer, then "same"
         assert page.locator("#results").is_visible() and page.locator("#wins").inner_text().count("%") >= 2
         with page.expect_download() as download:
             page.locator("#save").click()
         download.value.save_as(tmp_path / "labels.csv")                           # beside the page
-        browser.close()
     assert shown == prompts and not faults
-    pairs = data.read_pairs(tmp_path / "labels.csv")
+    pairs, turn = data.read_pairs(tmp_path / "labels.csv"), [-1 if swap else 1 for swap in swapped]
     assert pairs.prompts == [prompts[0], prompts[1], prompts[3]]
     assert [path.parent.name for path in map(Path, pairs.videos[0])] == ["a", "b"]
-    turn = [-1 if swap else 1 for swap in swapped]
     assert pairs.label[:, :3].nan_to_num(9).tolist() == [[turn[0], -turn[0], 0], [-turn[1], 9, 9], [0, 9, 9]]
 
 
@@ -2013,23 +1839,26 @@ def test_saved_labels_name_their_files_from_the_page_wherever_it_is_opened(tmp_p
     data.label_page(tmp_path / "label.html", [("a cat", *(tmp_path / name for name in names))])
     page = (tmp_path / "label.html").read_text(encoding="utf-8")
     code = re.search(r"function path\(.*?\n}\n", page, re.S)[0]
-    [pair] = json.loads(re.search('json">(.*?)</script>', page)[1])["pairs"]
-    for place, there in (("http://gpu:8000/", ""), ("file:///home/", ""), ("file://nas/share/", "//nas/share/")):
+    videos = json.dumps(page_data(tmp_path)["pairs"][0]["videos"])
+    for place, there in (("http://gpu:8000/", ""), ("file:///home/", ""),
+                         ("file://nas/share/", "//nas/share/")):
         script = (f"const location = {{ href: '{place}label.html' }};\n{code}"
-                  f"console.log(JSON.stringify({json.dumps(pair['videos'])}.map(path)))")
+                  f"console.log(JSON.stringify({videos}.map(path)))")
         out = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True).stdout
         assert json.loads(out) == [there + name for name in names]
 
-def test_samples_get_a_labelling_page(tmp_path, monkeypatch, capsys):
+def page_data(folder):
+    """What the labelling page in a folder knows."""
+    page = (folder / "label.html").read_text(encoding="utf-8")
+    return json.loads(re.search('json">(.*?)</script>', page)[1])
+
+def test_samples_get_a_labelling_page(tmp_path, monkeypatch):
     monkeypatch.chdir(HERE)
-    prompt = PROMPTS[0]
-    shared = dict(prompt=[prompt], steps=1, cfg=1.0)
-    sample.main(sample.Args(n_per_prompt=4, out=str(tmp_path / "many"), **shared))
-    sample.main(sample.Args(against="assets/base", out=str(tmp_path / "two"), **shared))
-    many, two = (json.loads(re.search('json">(.*?)</script>', (tmp_path / name / "label.html").read_text())[1])
-                 for name in ("many", "two"))
+    for name, own in (("many", dict(n_per_prompt=4)), ("two", dict(against="assets/base"))):
+        sample.main(sample.Args(prompt=PROMPTS[:1], steps=1, cfg=1.0, out=f"{tmp_path}/{name}", **own))
+    many, two = (page_data(tmp_path / name) for name in ("many", "two"))
     assert [pair["videos"] for pair in many["pairs"]] == [["000.mp4", "001.mp4"], ["002.mp4", "003.mp4"]]
-    assert two["pairs"] == [{"prompt": prompt, "videos": ["000.mp4", "start/000.mp4"]}]
+    assert two["pairs"] == [{"prompt": PROMPTS[0], "videos": ["000.mp4", "start/000.mp4"]}]
     assert two["sides"] == ["two", "assets/base"]
 
 
@@ -2037,6 +1866,7 @@ def test_samples_get_a_labelling_page(tmp_path, monkeypatch, capsys):
 # Tiny random models in the real layouts, folders good and spoiled, and ways to kill a run. Nothing is mocked.
 
 CLIP = dict(frames=5, size=(32, 48))                                          # what Wan draws and reads here
+SHORT = dict(n_pairs=4, steps=1, batch=2, eval_n=1, eval_steps=1)               # the shortest alignment
 DIT = "transformer/diffusion_pytorch_model.safetensors"
 LORA_NAMES = {f"diffusion_model.blocks.{i}.{a}_attn.{n}.lora_{ab}.weight"
               for i in (0, 1) for a in ("self", "cross") for n in "qkvo" for ab in "AB"}
@@ -2101,15 +1931,6 @@ def timeless_log(run):
     """The events in a run's log without the clock."""
     return [{k: v for k, v in event.items() if k not in ("time", "seconds")} for event in data.read_log(run)]
 
-def page_commands():
-    """The words after `python` in the pages' commands, by a shell that follows loops and runs nothing."""
-    pages = (HERE / "README.md").read_text() + (HERE / "assets/results.md").read_text()
-    shell = 'PATH=/nowhere; command_not_found_handle() { :; }; python() { printf "%s\\0" "$@"; echo; }\n'
-    blocks = [shell + block for block in re.findall(r"```bash\n(.*?)```", pages, re.S)]
-    said = [subprocess.run(["bash", "-c", block], cwd=HERE, capture_output=True, text=True, check=True).stdout
-            for block in blocks]
-    return [line.split("\0")[:-1] for line in "".join(said).splitlines()]
-
 def write_clips(folder, names, frames=12, size=(32, 48), fps=8):
     """Small mp4 files with something in them."""
     for k, name in enumerate(names):
@@ -2118,10 +1939,10 @@ def write_clips(folder, names, frames=12, size=(32, 48), fps=8):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         data.write_video(folder / name, video, fps)
 
-def read_pairs(folder, *lines):
-    """Pairs of a table of these lines, beside files a, b, c and d."""
-    for name in "abcd":
-        (folder / name).write_text(name)
+def read_pairs(folder, *lines, **files):
+    """Pairs of a table of these lines, beside files a, b, c and d, which hold their names, and these."""
+    for name, text in (dict(zip("abcd", "abcd")) | files).items():
+        (folder / name).write_text(text)
     (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
     return data.read_pairs(folder / "pairs.csv")
 
@@ -2144,6 +1965,13 @@ def film(path, frames, ms=range(0, 4000, 40), aspect=1, cover=False, rate=25):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
+@pytest.fixture(autouse=True, scope="module")
+def source_read_once():
+    """Comments become a script's --help; to find them takes 40 ms, and the tests parse 300 command lines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", cache(inspect.getsource))
+        yield
+
 class Killed(BaseException):
     """In the place of SIGKILL, which leaves no time to clean up either."""
 
@@ -2160,18 +1988,16 @@ def main_killed(script, args, step, monkeypatch):
         patch.setattr(script, "clip_grad_norm_", clip)
         script.main(args)
 
-def torchrun(folder, code, **settings):
-    """What came of this code in two processes, which know train_align; one torchrun, as its start takes long.
-    They take leave of each other at the end: one that is gone early can make the other one fail.
-    """
-    (folder / "two.py").write_text("import torch, data, train_align\nfrom train_align import Args, main\n"
-                                   f"{code}\ntorch.distributed.destroy_process_group()\n")
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
-    start += ["--nproc-per-node", "2", folder / "two.py"]
+def torchrun(folder, code):
+    """What came of this code in two processes that know train_align: one torchrun, as it starts slowly."""
+    head = "import data, train_align\nfrom train_align import Args, main\n"
+    (folder / "two.py").write_text(head + textwrap.dedent(code))
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:
         pytest.skip("two processes want two GPUs, or none")
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(start, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, **settings)
+    words = "-m torch.distributed.run --standalone --local-addr localhost --nproc-per-node 2".split()
+    return subprocess.run([sys.executable, *words, folder / "two.py"], env=os.environ | {"PYTHONPATH": path},
+                          capture_output=True, text=True, timeout=300)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -2245,12 +2071,11 @@ def wans(wan, tmp_path_factory):
         base_dim=4, decoder_base_dim=4, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True,
         in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=[0.1] * 48,
         latents_std=[0.9] * 48)
-    parts = dict(tokenizer=old.tokenizer, text_encoder=old.text_encoder, scheduler=old.scheduler)
-    diffusers.WanPipeline(**parts, vae=old.vae, transformer=old.transformer, transformer_2=tiny_dit(16),
-                          boundary_ratio=0.875).save_pretrained(root / "a14b")
-    diffusers.WanPipeline(**parts, vae=vae, transformer=tiny_dit(48),
-                          expand_timesteps=True).save_pretrained(root / "5b")
-    for name in ("a14b", "5b"):
+    for name, parts in (("a14b", dict(vae=old.vae, transformer=old.transformer, transformer_2=tiny_dit(16),
+                                      boundary_ratio=0.875)),
+                        ("5b", dict(vae=vae, transformer=tiny_dit(48), expand_timesteps=True))):
+        diffusers.WanPipeline(tokenizer=old.tokenizer, text_encoder=old.text_encoder, scheduler=old.scheduler,
+                              **parts).save_pretrained(root / name)
         shutil.copytree(wan / "v", root / name / "v")
         shutil.copy(wan / "pairs.csv", root / name)
     return {"2.1": wan, "a14b": root / "a14b", "5b": root / "5b"}
@@ -2300,8 +2125,8 @@ def qwen(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
     root, words = tmp_path_factory.mktemp("qwen"), Tokenizer(models.BPE())
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.pre_tokenizer, words.decoder = level, decoders.ByteLevel()
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
     special = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
     words.train_from_iterator([reward.RUBRIC], trainers.BpeTrainer(
         vocab_size=500, special_tokens=[f"<|{name}|>" for name in special], show_progress=False,
@@ -2312,25 +2137,22 @@ def qwen(tmp_path_factory):
     rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3])
     text = dict(vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=2, bos_token_id=0,
                 eos_token_id=2, num_attention_heads=2, num_key_value_heads=1, rope_parameters=rope)
-    vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2)
     model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(
-        text_config=text, vision_config=vision, vision_start_token_id=3, vision_end_token_id=4,
-        image_token_id=5, video_token_id=6))
-    for p in model.parameters():  # every part matters to a score
+        text_config=text, vision_config=dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2),
+        vision_start_token_id=3, vision_end_token_id=4, image_token_id=5, video_token_id=6))
+    for p in model.parameters():                                               # every part matters to a score
         torch.nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.2)
     model.save_pretrained(root / "base")
     write_clips(root, ["a.mp4", "b.mp4"], frames=20, size=(64, 96), fps=10)
     (root / "prompt_template.py").write_text(f'raise SystemExit\n{reward.THEIR_TEMPLATE} = """{THEIRS}"""\n')
-    own = reward.VideoReward.from_base(str(root / "base")).trainable()
+    own, step = reward.VideoReward.from_base(str(root / "base")).trainable(), root / "released/checkpoint-30"
     for name, p in own.named_parameters():
         if "lora_B" in name or name in ("rm_head.weight", "rows"):
             torch.nn.init.normal_(p, 0, 0.3)
     truth = {k: v.detach().clone() for k, v in own.state_dict().items()}
     truth[reward.EMBEDDING][own.token_ids] = truth.pop("rows")
-    step = root / "released" / "checkpoint-30"
-    step.mkdir(parents=True)
-    torch.save(theirs(truth) | LM_HEAD, step / "model.pth")
     own.tokenizer.save_pretrained(step / "tokenizer")
+    torch.save(theirs(truth) | LM_HEAD, step / "model.pth")
     data.write_json(root / "released/model_config.json", {
         "data_config": {"fps": 2.0, "num_frames": None, "max_frame_pixels": 200704, "sample_type": "uniform",
                         "prompt_template_type": "detailed_special"},
@@ -2352,9 +2174,12 @@ def theirs(tensors, layout=""):
         return "base_model.model." + key.replace("qwen.", "model.")
     return {name(key): value for key, value in tensors.items()}
 
+def released(qwen):
+    """The released VideoReward and its template, as arguments."""
+    return f"{qwen[0]}/released", f"{qwen[0]}/prompt_template.py"
+
 def released_reward(qwen, dtype=torch.float32):
-    released, template = (qwen[0] / name for name in ("released", "prompt_template.py"))
-    return reward.VideoReward.from_pretrained(released, template=template, dtype=dtype)
+    return reward.VideoReward.from_pretrained(released(qwen)[0], template=released(qwen)[1], dtype=dtype)
 
 def clips(qwen, *names):
     return [str(qwen[0] / f"{name}.mp4") for name in names]
@@ -2375,10 +2200,10 @@ def prefs(qwen, name="prefs.csv", mos=True):
 def toy_pairs_file(folder, n=12):
     """A file of n pairs of mp4s of Shapes world, labelled by its annotators."""
     pairs, lines = data.toy_pairs(n, "train", 0), ["path_A,path_B,prompt,VQ,MQ,TA"]
-    for i, (prompt, label) in enumerate(zip(pairs.prompts, pairs.label.tolist())):
+    for i, (prompt, label) in enumerate(zip(pairs.prompts, pairs.label.int().tolist())):
         for side, video in zip("AB", data.to_float(pairs.videos[i])):
             data.write_video(folder / f"{side}{i}.mp4", video, data.Shapes.fps, data.Shapes.zoom)
-        words = ({1.0: "A", 0.0: "same", -1.0: "B"}[x] for x in label[:3])
+        words = (("same", "A", "B")[x] for x in label[:3])
         lines.append(f"A{i}.mp4,B{i}.mp4,{prompt},{','.join(words)}")
     (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
     return f"{folder}/pairs.csv"
@@ -2388,8 +2213,7 @@ def qwen_args(qwen, out, **changes):
     return train_reward.Args(**own | changes)
 
 def eval_args(qwen, out, **changes):
-    released, template = (f"{qwen[0]}/{name}" for name in ("released", "prompt_template.py"))
-    return train_reward.Args(eval=released, template=template, out=str(out), **changes)
+    return train_reward.Args(eval=released(qwen)[0], template=released(qwen)[1], out=str(out), **changes)
 
 class Executed:
     """Unpickled, it ends the tests."""
@@ -2411,20 +2235,14 @@ SPOILED_FILES = {
 CONFIG, STATE = "transformer/config.json", "checkpoint-30/model.pth"
 SPOILED_MODELS = [                      # name; a copy of which model, a file in it, and what becomes of it
     ("text_encoder", "wan", "text_encoder/model.safetensors", lambda x: POINTER),
-    ("tokenizer", "wan", "tokenizer/tokenizer.json", lambda x: POINTER),
-    ("vae", "wan", "vae/diffusion_pytorch_model.safetensors", lambda x: POINTER),
     ("transformer", "wan", CONFIG, lambda x: POINTER),
     ("half", "wan", "text_encoder/model.safetensors", lambda x: x.replace(b"Attention.q", b"Attention.z")),
-    ("base_pointer", "base", "model.safetensors", lambda x: POINTER),
     ("qwen25", "base", "config.json", lambda x: x.replace(b'"qwen2_vl"', b'"qwen2_5_vl"')),
     ("other", "toy", DIT, lambda x: x.replace(b"proj_out.bias", b"proj_out.more")),
     ("world", "toy", DIT, lambda x: x.replace(data.world_hash().encode(), b"0" * len(data.world_hash()))),
     ("layers", "toy", CONFIG, lambda x: x.replace(b'"num_layers": 2', b'"num_layers": 0')),
-    ("image", "toy", CONFIG, lambda x: x.replace(b"{", b'{"image_dim": 1280,', 1)),
-    ("cut", "toy", DIT, lambda x: x[:1000]),
     ("pickle", "toy", DIT, lambda x: saved_by_torch(Executed())),
     ("odd", "released", "model_config.json", lambda x: x.replace(b"uniform", b"multi_pts")),
-    ("cut_reward", "released", STATE, lambda x: x[:1000]),
     ("short", "released", STATE, lambda x: saved_by_torch({})),
     ("evil", "released", STATE, lambda x: saved_by_torch(Executed()))]
 
