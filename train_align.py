@@ -238,8 +238,8 @@ def rehearse(args, world, model, reference, steps, device):
 
 
 def memory(device):
-    """(the most bytes that this process held so far, all there are); zeros on Windows, where Python can't tell
-    of a CPU.
+    """(the most bytes that this process held so far, all there are); zeros on Windows, where Python can't
+    tell of a CPU.
     """
     if device == "cuda":
         return torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
