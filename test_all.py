@@ -1494,7 +1494,7 @@ def test_a_lora_of_wan_loads_in_diffusers_and_a_second_round_starts_there_and_ho
     train_align.check_args(two, data.world_of(two.model))
     base, first = (sample.load_model(path, torch.bfloat16)(*batch) for path in (wan, one.out))
     policy, reference = train_align.policy_and_reference(two, "cpu")
-    with reference() as frozen:
+    with torch.no_grad(), reference() as frozen:
         for v in (policy(*batch), frozen(*batch)):
             assert (v - first).norm() < 1e-2 * (first - base).norm()
     train_align.main(replace(two))
@@ -2326,7 +2326,7 @@ def test_a_gpu_draws_from_a_second_round_under_a_noisy_reward(wan, tmp_path):
     train_align.main(replace(args))
     train_align.main(replace(args, model=args.out, out=f"{tmp_path}/two"))
     train_reward.main(noisy_args(wan, f"{tmp_path}/noisy", steps=1))
-    sample.main(sample.Args(ckpt=f"{tmp_path}/two", nrg=f"{tmp_path}/noisy", prompt=["a cat"], steps=2,
+    sample.main(sample.Args(ckpt=[f"{tmp_path}/two"], nrg=f"{tmp_path}/noisy", prompt=["a cat"], steps=2,
                             out=f"{tmp_path}/drawn", **CLIP))
     assert data.video_info(tmp_path / "drawn/000.mp4")[0] == 5
 
