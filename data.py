@@ -216,9 +216,11 @@ def render_as(who, prompts, g):
     return render(attributes(prompts), defects, g)
 
 
-def clean_videos(prompts):
-    """A flawless video (n, 3, T, H, W) in [-1, 1], fp32, of each prompt."""
-    return render(attributes(prompts), torch.zeros(len(prompts), 8), rng("clean")).float()
+def clean_videos(prompts, g=None):
+    """A flawless video (n, 3, T, H, W) in [-1, 1], fp32, of each prompt; without a generator always the
+    same.
+    """
+    return render(attributes(prompts), torch.zeros(len(prompts), 8), g or rng("clean")).float()
 
 
 # ---- Shapes world: the oracle ----

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -26,9 +26,10 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import (DTYPES, FRAMES, RANKS, RENDERERS, SIZE, Count, Numbers, Run, Shapes, add_gradients,
-                  all_gather, cached_file, check_dim_w, command, draw_noise, fill_unset, flawed_videos,
-                  is_cached, launch, learning_rate_scale, load_cached, micro_batches, overall, recipes,
-                  render_as, report_pairs, rng, save_cached, shard, start_ranks, step_rows, world_of)
+                  all_gather, cached_file, check_dim_w, clean_videos, command, draw_noise, fill_unset,
+                  flawed_videos, is_cached, launch, learning_rate_scale, load_cached, micro_batches, overall,
+                  recipes, render_as, report_pairs, rng, save_cached, shard, start_ranks, step_rows, to_uint8,
+                  world_of)
 from losses import beta_schedule, flow_dpo, flow_rwr, flow_sft, mix, velocity_error
 from model import PRESETS, UserError, VideoDiT, add_lora, lora_disabled, merge_lora, save_lora, unshard
 from reward import check_reward, load_reward
@@ -63,7 +64,7 @@ class Args:
     model: str = "assets/base"           # the model to align: a run folder, or Wan's folder or hub repository
     expert: Literal["high", "low"] | None = None  # Wan 2.2 A14B: which of its two; high is of t from 0.875 up
     pairs: str = ""                         # CSV or JSONL of pairs; unset: Shapes world's renderers make them
-    labels: Literal["reward", "human", "oracle"] | None = None  # unset: a file's labels, else the reward
+    labels: Literal["reward", "human", "oracle", "flawless"] | None = None  # unset: a file's, else the reward
     reward: str = "assets/reward"           # the reward that labels: a run folder, or a VideoReward for files
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     dim_w: Numbers = (1.0, 1.0, 1.0)      # weights of VQ, MQ, TA in the overall reward; 0,0,1 aligns TA alone
@@ -122,7 +123,9 @@ def check_args(args, world):
         raise UserError("--loss pretrain trains all weights, on Shapes world: leave --lora_rank, --pairs out")
     if args.loss == "rwr" and args.labels == "human":
         raise UserError("--loss rwr weighs videos by scores, and human labels have none: use --labels reward")
-    if not pretrains and args.labels != "human":
+    if args.labels == "flawless" and (args.loss != "sft" or args.pairs or world.name != "shapes"):
+        raise UserError("--labels flawless is the ceiling of --loss sft on Shapes world: leave --pairs out")
+    if not pretrains and args.labels not in ("human", "flawless"):
         check_reward("oracle" if args.labels == "oracle" else args.reward, world, template=args.template)
 
 
@@ -158,8 +161,12 @@ def label_pairs(args, world, pairs, device):
 
     By a reward or the oracle the higher weighted mean of normalised scores wins; by humans the sign of the
     weighted sum of their labels decides, or their Overall where no dimension has one, and ties are dropped.
+    Flawless puts a flawless video of the prompt in the place of both, the best that SFT can see.
     """
     usable, r = torch.arange(len(pairs)), None
+    if args.labels == "flawless":
+        videos = to_uint8(clean_videos(pairs.prompts, rng("flawless", args.seed)))
+        return replace(pairs, videos=torch.stack([videos, videos], dim=1)), usable, None
     if args.labels == "human":
         dims = pairs.label[:, :3]
         margin = overall(dims.nan_to_num(), args.dim_w)                 # an unlabelled dimension says nothing
