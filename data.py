@@ -1511,12 +1511,12 @@ def make_folder(args, device, longer):
         raise UserError(f"--cache {args.cache} cannot be made ({e.strerror}): name another folder") from None
     going_on = getattr(args, "resume", False) and folder.exists()
     if going_on:
-        before = read_json(folder / "config.json")
+        before, named = read_json(folder / "config.json").get("facts", {}), run_args(folder)
         for flag, value in facts.items():
-            grows = longer and flag == "steps" and (value or 0) >= (before["facts"]["steps"] or 0)
-            if before.get("facts", {}).get(flag) != value and not grows:
+            grows = longer and flag == "steps" and (value or 0) >= (before.get(flag) or 0)
+            if before.get(flag) != value and not grows:
                 raise UserError(f"--resume: --{flag} {vars(args).get(flag, args.model)} is not what {folder} "
-                                f"began with, {before['args'].get(flag)}: bring that back")
+                                f"began with, {named.get(flag)}: bring that back")
     elif folder.exists():
         raise UserError(f"{folder} exists: --resume goes on with it, or give another --out")
     folder.mkdir(parents=True, exist_ok=going_on)
