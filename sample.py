@@ -412,7 +412,9 @@ def compare_runs(args):
 
 
 def draw_samples(folders, out):
-    """Draw the first videos of runs of Shapes world side by side, after those of the first run's start."""
+    """Draw the first videos of runs of Shapes world side by side, after those of the first run's start, and
+    below them the true scores of the start's and of the last run's.
+    """
     files = [folder / "samples.safetensors" for folder in folders]
     if not all(file.exists() for file in files):                         # Wan's videos are files of their own
         return
@@ -421,8 +423,10 @@ def draw_samples(folders, out):
         return
     sides = [found[0]["start"], *(tensors["videos"] for tensors in found)]
     prompts = json.loads(all_metadata[0]["prompts"])
-    tiles = [(prompt, [thumbnails(to_float(video)) for video in videos], "")
-             for prompt, *videos in zip(prompts, *sides)]
+    scores = zip(*(oracle(to_float(side), prompts) for side in (sides[0], sides[-1])))
+    changes = ["  ".join(f"{dim} {a:.2f} -> {b:.2f}" for dim, a, b in zip(DIMS, *pair)) for pair in scores]
+    tiles = [(prompt, [thumbnails(to_float(video)) for video in videos], change)
+             for prompt, change, *videos in zip(prompts, changes, *sides)]
     moving_sheet(out, tiles, FRAMES / Shapes.fps)
     print(f"wrote {out}: start, {', '.join(map(str, folders))}")
 
