@@ -39,9 +39,9 @@ from sample import load_model, print_accuracies
 # Wan they are the paper's (Table 11), where unset steps make two epochs, but 100 steps at least.
 RECIPES = recipes(("shapes", "labels", "wan", "files"), {
     "lr":         (1e-3,         3e-4,       5e-6,       2e-6),
-    "batch":      (32,           32,         144,        32),
+    "batch":      (32,           16,         144,        32),
     "accumulate": (1,            1,          144,        32),
-    "steps":      (2400,         200,        None,       None),
+    "steps":      (2400,         80,         None,       None),
 })
 DEPTH = {"shapes": 2, "wan": 8}                # blocks of a latent reward; how many, the paper doesn't say
 # VideoReward's accuracies in the paper (Table 2). GenAI-Bench has one label, held against TA alone; the paper
