@@ -54,6 +54,7 @@ from model import PRESETS, UserError, VideoDiT, add_lora, load_lora, lora_disabl
 from sample import euler, nrg, timesteps
 
 HERE, NAN = Path(__file__).parent, float("nan")
+torch.set_num_threads(1)                        # what is so small takes longer on two
 TINY = replace(PRESETS["toy"], dim=48, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16)
 
 # How others spell the adapters of a layer: its prefix, A, B, and where alpha stands; in ours it is part of B.
