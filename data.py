@@ -358,12 +358,12 @@ def likert(score, g, noise=1.0):
 class Pairs:
     """n preference pairs: two videos of each prompt, A first.
 
-    videos: a sequence of (A, B), paths of files or uint8 (3, T, H, W); those in memory are one tensor. label
+    videos: an array (n, 2) of the paths of files, or uint8 (n, 2, 3, T, H, W) of those in memory. label
     (n, 4): VQ, MQ, TA, Overall as +1 A, 0 same, -1 B, nan unlabelled; mos (n, 2, 3): Likert points of A and
     B, nan where there are none. lines: where each pair stands in its file, or its number.
     """
     prompts: list
-    videos: typing.Sequence
+    videos: typing.Any
     label: torch.Tensor
     mos: torch.Tensor
     lines: list
@@ -373,19 +373,17 @@ class Pairs:
 
     def subset(self, rows):
         """The Pairs of these rows."""
+        rows = [int(i) for i in rows]
+
         def pick(x):
-            return x[rows] if torch.is_tensor(x) else [x[i] for i in rows]
+            return [x[i] for i in rows] if isinstance(x, list) else x[rows]
         return Pairs(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
 
     def winner_first(self, order):
         """The Pairs with A and B of each in this order (n, 2) of 0 and 1."""
-        rows = torch.arange(len(self))[:, None]
-        if torch.is_tensor(self.videos):
-            videos = self.videos[rows, order]
-        else:
-            videos = [tuple(pair[i] for i in turn) for pair, turn in zip(self.videos, order)]
+        rows, turn = np.arange(len(self))[:, None], order.numpy()
         label = self.label * (1 - 2 * order[:, :1])                          # the other way round where B won
-        return Pairs(self.prompts, videos, label, self.mos[rows, order], self.lines)
+        return Pairs(self.prompts, self.videos[rows, turn], label, self.mos[rows, turn], self.lines)
 
 
 def toy_pairs(n, split, seed, noise=1.0, labelled=True):
@@ -512,10 +510,11 @@ def read_pairs(path, skip_bad=False, labelled=True):
         if any(x < 1 or x > 5 for x in chain(*points)):
             raise UserError(f"{where} has points off the scale of 1 to 5: map 0 to 100 by 1 + 4 x / 100")
         prompts.append(prompt)
-        videos.append(tuple(files))
+        videos.append(files)
         label.append([LABELS[words.get(dim, "")] for dim in (*DIMS, "Overall")])
         mos.append(points)
-    return Pairs(prompts, videos, torch.tensor(label), torch.tensor(mos), [line for line, _ in table])
+    lines = [line for line, _ in table]
+    return Pairs(prompts, np.array(videos), torch.tensor(label), torch.tensor(mos), lines)
 
 
 def number(text):
@@ -1264,11 +1263,8 @@ def merged(mine):
 
 def gather_rows(mine):
     """A list of which each rank made its share, rows[RANK::RANKS], put together in order."""
-    shares = all_gather(mine)
-    rows = [None] * sum(map(len, shares))
-    for rank, share in enumerate(shares):
-        rows[rank::RANKS] = share
-    return rows
+    rows = merged({RANK + i * RANKS: row for i, row in enumerate(mine)})
+    return [rows[i] for i in sorted(rows)]
 
 
 def on_rank_0(function):

@@ -208,14 +208,11 @@ def embed_all(world, prompts, negative=""):
     return dict(zip(distinct, [*world.embed_rows(distinct)]))
 
 
-def toy_videos(model, prompts, seed, steps=16, guided=True, **settings):
-    """Videos (n, 3, T, H, W) in [-1, 1] of prompts of Shapes world by its default sampler. guided: whether
-    with its classifier-free guidance.
-    """
+def toy_videos(model, prompts, seed, steps=16, cfg_scale=BEST_CFG):
+    """Videos (n, 3, T, H, W) in [-1, 1] of prompts of Shapes world by its default sampler."""
     world, ts = Shapes(), timesteps(steps, RECIPES["shapes"]["shift"])
-    scale = BEST_CFG if guided else 1.0
-    return stacked(generate(model, world, prompts, embed_all(world, prompts), seed, ts, cfg_scale=scale,
-                            **settings))
+    texts = embed_all(world, prompts)
+    return stacked(generate(model, world, prompts, texts, seed, ts, cfg_scale=cfg_scale))
 
 
 def stacked(drawn):
