@@ -1607,7 +1607,7 @@ class Run:
         weights, moments = state_dicts.get_state_dict(model, optimizers, options=WHOLE)
         content = io.BytesIO()
         torch.save({"step": step, "model": weights, "optimizers": moments, **lists}, content)
-        on_rank_0(write_whole)(self.folder / "state.pt", content.getvalue())
+        on_rank_0(write_whole)(self.folder / "state.pt", content.getbuffer())
 
     def load(self):
         """Bring the state to that of state.pt, and the log back to it; returns its step, 0 if there is

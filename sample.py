@@ -5,7 +5,7 @@
     python sample.py --nrg assets/noisy --dim_w 0,0,1 --eval 512                 win rates of guidance
     python sample.py --prompts train --n_per_prompt 4 --reward assets/reward     on-policy pairs
     python sample.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --lora lora.safetensors --prompt "a cat asleep"
-    python sample.py --ckpt runs/dpo --prompts prompts.csv --against base --reward runs/videoreward
+    python sample.py --ckpt runs/wan --prompts prompts.csv --against base --reward runs/videoreward
     python sample.py --compare runs/sft runs/rwr runs/dpo                        one table, one picture
     python sample.py --compare runs/beta_* --x beta --out beta.png               one figure
     python sample.py --compare runs/dpo --x step --y loss implicit_acc           a run's log over its steps
@@ -320,14 +320,15 @@ def rows_of(folders, results):
     Runs are seeds of one row if the words of their arguments differ in the seed alone. Where two have equal
     seeds too, something else was changed, such as the code: each is then a row of its own.
 
-    A method's best guidance is chosen on validation prompts. Where runs that differ in --cfg, --split and
-    seeds alone were drawn at some guidance on both, validation and held-out prompts, one row is left: the
-    held-out one at that guidance whose validation runs have the largest mean Overall gap_closed_best.
+    A method's best guidance is chosen on validation prompts. Where runs that differ in --cfg, --split,
+    --eval and seeds alone were drawn at some guidance on both, validation and held-out prompts, one row is
+    left: the held-out one at that guidance whose validation runs have the largest mean Overall
+    gap_closed_best.
     """
     methods, rows = defaultdict(lambda: defaultdict(list)), []
     for folder in folders:
         args = run_args(folder)
-        varied = "seed", "out", "resume", "cfg", "split"
+        varied = "seed", "out", "resume", "cfg", "split", "eval"
         method = str({flag: words(x) for flag, x in args.items() if flag not in varied})
         methods[method][args.get("split", "eval"), args.get("cfg", BEST_CFG)].append(folder)
     for points in methods.values():
@@ -335,7 +336,8 @@ def rows_of(folders, results):
                   for split, cfg in points if split == "eval" and ("val", cfg) in points}
         for split, cfg in [("eval", max(closed, key=closed.get))] if closed else points:
             runs = points[split, cfg]
-            are_seeds = len({run_args(run).get("seed") for run in runs}) == len(runs)
+            seeds, sizes = {run_args(run).get("seed") for run in runs}, {results[run]["n"] for run in runs}
+            are_seeds = len(seeds) == len(runs) and len(sizes) == 1
             rows += [(cfg, runs)] if are_seeds else [(cfg, [run]) for run in runs]
     return rows
 
@@ -481,7 +483,7 @@ class Args:
     steps: Count | None = None              # Euler steps
     shift: float | None = None              # timestep shift
     cfg: float | None = None                # classifier-free guidance scale; 1 is off
-    cfg_low: float | None = None            # Wan 2.2 A14B: that of the low-noise expert; unset: as --cfg
+    cfg_low: float | None = None            # A14B: that of the low-noise expert; unset: as --cfg, if given
     nrg: str = ""                           # run folder of a noisy reward: guide by it (Flow-NRG)
     rg_scale: float = 4.0                   # strength of reward guidance, the paper's w
     dim_w: Numbers = (1.0, 1.0, 1.0)        # weights of VQ, MQ, TA in the guiding reward

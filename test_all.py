@@ -452,16 +452,19 @@ def test_runs_are_one_row_if_seeds_alone_tell_them_apart_however_far_back(tmp_pa
     write_run(tmp_path / "again", {}, seed=0, lr=1.0)                           # by other code
     for i, (seed, place) in enumerate(((0, "0/dpo"), (1, "1/dpo"), (0, "0/sft"))):
         write_run(tmp_path / f"drawn{i}", {}, seed=seed, cfg=1.0, ckpt=[f"{tmp_path}/{place}"])
+    write_run(tmp_path / "more", {"n": 8}, seed=1, cfg=1.0, ckpt=[f"{tmp_path}/1/dpo"])
     for names, count in (("0/dpo 1/dpo", ["2 x 4"]), ("drawn0 drawn1", ["2 x 4"]), ("0/own 1/own", ["2 x 4"]),
                          ("again again", ["1 x 4"]), ("0/dpo again", ["1 x 4"] * 2),
-                         ("0/dpo 0/sft", ["1 x 4"] * 2), ("drawn0 drawn2", ["1 x 4"] * 2)):
+                         ("0/dpo 0/sft", ["1 x 4"] * 2), ("drawn0 drawn2", ["1 x 4"] * 2),
+                         ("drawn0 more", ["1 x 4", "1 x 8"])):
         rows = rows_of_table(capsys, *(tmp_path / name for name in names.split()))
         assert [row[-1] for row in rows] == count, names
 
 def test_validation_runs_choose_the_guidance_at_which_held_out_ones_are_shown(tmp_path, capsys):
     def run(cfg, split, seed, closed):
         result = {"gap_closed_best": (0, 0, 0, closed)}
-        return write_run(tmp_path / f"{cfg}{split}{seed}", result, cfg=cfg, split=split, seed=seed)
+        own = dict(cfg=cfg, split=split, seed=seed, eval=64 if split == "val" else 128)
+        return write_run(tmp_path / f"{cfg}{split}{seed}", result, **own)
     scores = {1.5: (.1, .9), 2.5: (.6, .7), 4.5: (.3, .3)}
     val = [run(cfg, "val", seed, x) for cfg, seeds in scores.items() for seed, x in enumerate(seeds)]
     held_out = [run(cfg, "eval", seed, .2) for cfg in scores for seed in (0, 1)]
@@ -1145,7 +1148,7 @@ def test_every_command_of_the_pages_parses():
     assert len(commands) >= 30
     documented = [line.strip().split("    ")[0] for m in scripts.values() for line in m.__doc__.splitlines()]
     for script, *words in commands + [shlex.split(line)[1:] for line in documented if line[:7] == "python "]:
-        assert (HERE / script).exists(), script
+        assert (HERE / script).exists() or f"```python\n# {script} " in pages, script
         if script in scripts:
             data.parse_args(scripts[script].Args, scripts[script].__doc__, words)
 

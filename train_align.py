@@ -7,7 +7,7 @@
 
 The model says which world it is of. Without --pairs, pairs of Shapes world come from its renderers, not from
 the model (off-policy, as in the paper), and are relabelled by the reward. With --pairs FILE, in either world,
-the file's own labels decide unless --labels asks a reward. RECIPES holds what differs from the paper;
+the file's own labels decide unless --labels asks a reward. RECIPES stands beside the paper's Table 10;
 SYMPTOMS, what is printed when a run goes wrong. --resume goes on with a run that was stopped, exactly where
 it was. Under `torchrun --nproc_per_node 8` each process takes its share of every step's rows, and the losses
 are the same.

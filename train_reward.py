@@ -1,6 +1,6 @@
 """Train and evaluate a reward model on preference pairs.
 
-    python train_reward.py                      the toy's VideoReward: of clean videos, with ties (BTT)
+    python train_reward.py                      the toy's labeller: of clean videos, with ties (BTT)
     python train_reward.py --noisy              the reward of noisy latents that guides sampling (Flow-NRG)
     python train_reward.py --loss regression    on Likert points instead of pairs (bt is the third choice)
     python train_reward.py --model Qwen/Qwen2-VL-2B-Instruct --pairs prefs.csv      the paper's VideoReward
