@@ -37,9 +37,9 @@ from model import (LayerNorm, UserError, VideoDiT, add_lora, check_finite, fetch
 class LatentReward(nn.Module):
     """Scores of noisy latents: the first blocks of a VideoDiT, one attention query and head per dimension.
 
-    The paper does not describe its head. Two things matter in this one: tokens meet a nonlinearity before they are pooled,
-    since their mean alone hardly tells a circle from a square; and the prompt multiplies what was pooled,
-    since whether a video shows what it says is a product of both.
+    The paper does not describe its head. Two things matter in this one: tokens meet a nonlinearity before
+    they are pooled, since their mean alone hardly tells a circle from a square; and the prompt multiplies
+    what was pooled, since whether a video shows what it says is a product of both.
     """
 
     def __init__(self, config, depth=2):
