@@ -336,7 +336,8 @@ def rows_of(folders, results):
                   for split, cfg in points if split == "eval" and ("val", cfg) in points}
         for split, cfg in [("eval", max(closed, key=closed.get))] if closed else points:
             runs = points[split, cfg]
-            seeds, sizes = {run_args(run).get("seed") for run in runs}, {results[run].get("n") for run in runs}
+            seeds = {run_args(run).get("seed") for run in runs}
+            sizes = {results[run].get("n") for run in runs}
             are_seeds = len(seeds) == len(runs) and len(sizes) == 1
             rows += [(cfg, runs)] if are_seeds else [(cfg, [run]) for run in runs]
     return rows
