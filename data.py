@@ -372,9 +372,7 @@ class Pairs:
         return len(self.prompts)
 
     def subset(self, rows):
-        """The Pairs of these rows."""
-        rows = [int(i) for i in rows]
-
+        """The Pairs of these rows, a list."""
         def pick(x):
             return [x[i] for i in rows] if isinstance(x, list) else x[rows]
         return Pairs(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
@@ -513,8 +511,7 @@ def read_pairs(path, skip_bad=False, labelled=True):
         videos.append(files)
         label.append([LABELS[words.get(dim, "")] for dim in (*DIMS, "Overall")])
         mos.append(points)
-    lines = [line for line, _ in table]
-    return Pairs(prompts, np.array(videos), torch.tensor(label), torch.tensor(mos), lines)
+    return Pairs(prompts, np.array(videos), torch.tensor(label), torch.tensor(mos), [n for n, _ in table])
 
 
 def number(text):
@@ -1237,6 +1234,8 @@ def start_ranks():
     if RANKS == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
+        if torch.cuda.device_count() <= int(os.environ["LOCAL_RANK"]):
+            raise UserError(f"{torch.cuda.device_count()} GPUs are there: --nproc_per_node wants one each")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
     if RANK:

@@ -299,10 +299,9 @@ class VideoDiT(nn.Module):
         It is compiled anew for each size of a micro-batch, with and without gradients, with and without
         adapters. Above its limit of such variants, 8 by default, torch runs them uncompiled.
         """
-        from torch._functorch import config
         torch._dynamo.config.recompile_limit = 64
         # attention counts as random, for a dropout that is 0 here: its state is kept in the plainer way
-        config.graphsafe_rng_functionalization = False
+        torch._functorch.config.graphsafe_rng_functionalization = False
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -511,8 +510,8 @@ def fetch(path, wanted):
     """The folder at path, see find, or else one with the wanted files of the hub repository of that name.
     UserError where they cannot be downloaded.
     """
-    if find(path):
-        return find(path)
+    if folder := find(path):
+        return folder
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
@@ -617,9 +616,10 @@ def read_weights(folder, name):
     where there is no index, in <name>.safetensors. All other files are left alone.
     """
     index = folder / f"{name}.safetensors.index.json"
-    shards = read_json(index).get("weight_map", {}) if index.exists() else {"all": f"{name}.safetensors"}
-    files = sorted(set(shards.values()))
-    return {k: v for file in files for k, v in read_tensors(folder / file)[0].items()}
+    shards = read_json(index).get("weight_map") if index.exists() else {"all": f"{name}.safetensors"}
+    if not isinstance(shards, dict):
+        raise UserError(f"{index} holds no weight_map")
+    return {k: v for file in sorted(set(shards.values())) for k, v in read_tensors(folder / file)[0].items()}
 
 
 def load_strict(module, tensors, path):

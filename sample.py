@@ -326,8 +326,8 @@ def rows_of(folders, results):
     gap_closed_best.
     """
     methods, rows = defaultdict(lambda: defaultdict(list)), []
-    for folder in folders:
-        args = run_args(folder)
+    all_args = {folder: run_args(folder) for folder in folders}
+    for folder, args in all_args.items():
         varied = "seed", "out", "resume", "cfg", "split", "eval"
         method = str({flag: words(x) for flag, x in args.items() if flag not in varied})
         methods[method][args.get("split", "eval"), args.get("cfg", BEST_CFG)].append(folder)
@@ -336,7 +336,7 @@ def rows_of(folders, results):
                   for split, cfg in points if split == "eval" and ("val", cfg) in points}
         for split, cfg in [("eval", max(closed, key=closed.get))] if closed else points:
             runs = points[split, cfg]
-            seeds = {run_args(run).get("seed") for run in runs}
+            seeds = {all_args[run].get("seed") for run in runs}
             sizes = {results[run].get("n") for run in runs}
             are_seeds = len(seeds) == len(runs) and len(sizes) == 1
             rows += [(cfg, runs)] if are_seeds else [(cfg, [run]) for run in runs]

@@ -308,6 +308,9 @@ def test_the_index_says_which_shards_are_the_weights(tmp_path):
     (tmp_path / shard).unlink()
     with refusing(shard):
         VideoDiT.from_pretrained(tmp_path)
+    data.write_json(tmp_path / f"{name}.safetensors.index.json", {"weight_map": [shard]})
+    with refusing("index.json holds no weight_map"):
+        VideoDiT.from_pretrained(tmp_path)
 
 def test_weights_and_videos_that_are_not_finite_end_the_run_by_their_names(tmp_path):
     m = random_model()

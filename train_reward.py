@@ -165,7 +165,7 @@ def read_files(args, world):
     else:
         pairs = world.read(args)
     if not args.eval:
-        targets(args, pairs.subset(split_prompts(args, pairs)[0]))
+        targets(args, pairs.subset(split_prompts(args, pairs)[0].tolist()))
     return pairs
 
 
@@ -225,7 +225,7 @@ def train(args, kind, run, device):
         pairs = toy_pairs(args.n_pairs, "train", args.seed, args.label_noise)
         val = toy_pairs(args.n_eval, "val", args.seed)
         train_rows, val_rows = torch.arange(len(pairs)), torch.arange(len(val))
-    report_pairs(pairs.subset(train_rows), [val.prompts[i] for i in val_rows])
+    report_pairs(pairs.subset(train_rows.tolist()), [val.prompts[i] for i in val_rows])
     target, history, result = targets(args, pairs), [], {}
     if kind_of_reward(args.model):
         r = raw_scores(args, reward, world, val, val_rows)
