@@ -666,6 +666,9 @@ def test_labels_decide_by_their_sign_and_ties_are_dropped():
         assert torch.equal(ordered.videos[rows, place], pairs.videos[rows, b_wins ^ place])
     _, rows, r = train_align.label_pairs(replace(args, labels="oracle"), data.Shapes(), pairs, "cpu")
     assert len(rows) == 60 and (r[:, 0] >= r[:, 1]).all()
+    args = replace(args, labels="oracle", best=0.1)
+    _, best, again = train_align.label_pairs(args, data.Shapes(), pairs, "cpu")
+    assert torch.equal(r, again) and sorted(r[best, 0]) == sorted(r[:, 0])[-6:] and (best.diff() > 0).all()
     flawless, rows, _ = train_align.label_pairs(replace(args, labels="flawless"), data.Shapes(), pairs, "cpu")
     assert oracle(data.to_float(flawless.videos[:, 0]), pairs.prompts).mean() > 0.96 and len(rows) == 60
 
@@ -1517,7 +1520,7 @@ def test_videoreward_labels_the_pairs_of_wan_and_judges_what_it_draws(wan, qwen,
     args = wan_args(wan, "", loss="rwr", labels="reward", steps=1, cache=f"{tmp_path}/c",
                     out=f"{tmp_path}/run", **judge)
     train_align.main(args)
-    assert "3 of 3 pairs labelled by reward" in capsys.readouterr().out
+    assert "3 of 3 pairs, of 2 prompts, labelled by reward" in capsys.readouterr().out
     assert len([*(tmp_path / "c").glob("score-*")]) == 5                        # distinct videos and prompts
     result = sample.main(sample.Args(ckpt=[args.out], prompt=["a dog runs"], n_per_prompt=2, steps=1,
                                      against="base", out=f"{tmp_path}/out", **CLIP, **judge))
@@ -1531,9 +1534,11 @@ train_align   --lss dpo                                            unknown argum
 train_align   --loss ppo                                           choose from
 train_align   --steps many                                         is not a whole number, 1 or more
 train_align   --dim_w 1,1                                          give 3 numbers, not all 0
-train_align   --loss rwr --tau 0                                   --tau more than 0
+train_align   --loss rwr --tau 0                                   --tau above 0
 train_align   --loss rwr --labels human                            use --labels reward
 train_align   --loss dpo --labels flawless                         is the ceiling of --loss sft
+train_align   --best 0.1 --labels human                            go by scores
+train_align   --best 0                                             --best above 0
 train_align   --loss pretrain --lora_rank 4                        trains all weights
 train_reward  --depth 99 --n_pairs 9                               blocks
 train_align   --model runs/nowhere                                 is no folder

@@ -69,6 +69,7 @@ class Args:
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     dim_w: Numbers = (1.0, 1.0, 1.0)      # weights of VQ, MQ, TA in the overall reward; 0,0,1 aligns TA alone
     n_pairs: Count = 2400                   # pairs of Shapes world
+    best: float = 1.0         # labelled by a reward: train on this share of the pairs, of the best winners
     beta: float = 500.0                # dpo: KL strength, in units of the per-element MEAN error; the paper's
     beta_schedule: Literal["constant", "(1-t)^2", "t^2", "(1-t)/t"] = "constant"  # dpo: beta over time
     anchor: float = 0.0                     # dpo: weight of (beta / 2) (err_w - err_ref_w) beside Flow-DPO
@@ -113,16 +114,16 @@ def check_args(args, world):
             raise UserError(f"--{name} says nothing to --loss {args.loss}: it is of {loss}")
     if args.expert and expert_of(args.model) not in (None, args.expert):
         raise UserError(f"--expert {args.expert}: {args.model} is a run of the other one: leave --expert out")
-    if args.lora_rank < 0 or args.tau <= 0:
-        raise UserError(f"--lora_rank {args.lora_rank}, --tau {args.tau}: give 0 or more, --tau more than 0")
+    if args.lora_rank < 0 or args.tau <= 0 or not 0 < args.best <= 1:
+        raise UserError("--lora_rank is 0 or more, --tau above 0, --best above 0 and at most 1")
     if args.batch % RANKS:
         raise UserError(f"--batch {args.batch} cannot be shared out evenly: take a multiple of {RANKS}")
     if args.shard and (RANKS == 1 or world.name == "shapes" or not args.lora_rank):
         raise UserError("--shard is for LoRA on Wan under torchrun: leave it out")
     if pretrains and (args.lora_rank or args.pairs):
         raise UserError("--loss pretrain trains all weights, on Shapes world: leave --lora_rank, --pairs out")
-    if args.loss == "rwr" and args.labels == "human":
-        raise UserError("--loss rwr weighs videos by scores, and human labels have none: use --labels reward")
+    if (args.loss == "rwr" or args.best < 1) and args.labels not in ("reward", "oracle"):
+        raise UserError("--loss rwr and --best go by scores, and these labels have none: use --labels reward")
     if args.labels == "flawless" and (args.loss != "sft" or args.pairs or world.name != "shapes"):
         raise UserError("--labels flawless is the ceiling of --loss sft on Shapes world: leave --pairs out")
     if not pretrains and args.labels not in ("human", "flawless"):
@@ -149,9 +150,8 @@ def policy_and_reference(args, device):
         block.checkpointing = args.checkpointing
     if args.shard:
         shard(model)
-    if args.compile:
-        for m in {model, start}:
-            m.compile_blocks()
+    for m in {model, start} if args.compile else ():
+        m.compile_blocks()
     return model, reference
 
 
@@ -161,7 +161,8 @@ def label_pairs(args, world, pairs, device):
 
     By a reward or the oracle the higher weighted mean of normalised scores wins; by humans the sign of the
     weighted sum of their labels decides, or their Overall where no dimension has one, and ties are dropped.
-    Flawless puts a flawless video of the prompt in the place of both, the best that SFT can see.
+    Of those that a reward or the oracle labels, args.best is the share whose winners score best, and it alone
+    is usable. Flawless puts a flawless video of the prompt in the place of both, the best that SFT can see.
     """
     usable, r = torch.arange(len(pairs)), None
     if args.labels == "flawless":
@@ -179,10 +180,12 @@ def label_pairs(args, world, pairs, device):
         reward = load_reward(path, template=args.template, device=device)
         r = overall(reward.score_pairs(world, pairs, args.cache), args.dim_w)
         margin = r[:, 0] - r[:, 1]
+        usable = r.amax(1).topk(math.ceil(args.best * len(r))).indices.sort().values
     low, median, high = margin[usable].abs().quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     a, b = ((margin * sign > 0).float().mean() for sign in (1, -1))
-    print(f"{len(usable)} of {len(pairs)} pairs labelled by {args.labels}; A wins {a:.0%}, B {b:.0%}; "
-          f"margin {median:.2f}, of the middle 80 % {low:.2f} to {high:.2f}")
+    print(f"{len(usable)} of {len(pairs)} pairs, of {len({pairs.prompts[i] for i in usable})} prompts, "
+          f"labelled by {args.labels}; A wins {a:.0%}, B {b:.0%}; margin {median:.2f}, of the middle 80 % "
+          f"{low:.2f} to {high:.2f}")
     order = torch.stack([margin < 0, margin >= 0], dim=1).long()                # (n, 2): the winner first
     return pairs.winner_first(order), usable, None if r is None else r.gather(1, order)
 
@@ -266,7 +269,7 @@ def align(args, world, run, device):
     model, reference = policy_and_reference(args, device)     # 1. the policy, and what it must stay near
     report_pairs(pairs, () if args.pairs else world.prompts(args.split))
     n_rows = 2 * args.batch if args.loss == "sft" else args.batch  # a step: sft takes winners alone
-    rehearse(args, world, model, reference, args.steps or -(-len(pairs) // n_rows), device)
+    rehearse(args, world, model, reference, args.steps or math.ceil(args.best * len(pairs) / n_rows), device)
     model.to(device if args.shard else "cpu")               # encoders need the memory; what is sharded stays
     pairs, usable, r = label_pairs(args, world, world.encode(pairs, args), device)  # 2. A is now the winner
     model.to(device)
@@ -302,8 +305,8 @@ def align(args, world, run, device):
                     err_w, err_l = velocity_errors(model, x0, text, t, eps).unbind(1)
                     (objective(err_w, err_l).sum() / n_rows).backward()
                 loss, gap_w, gap_l = objective(err_w, err_l), err_w - ref_w, err_l - ref_l
-                logit = beta / 2 * (gap_l - gap_w)                      # Flow-DPO's is -log sigmoid(logit)
-                details = dict(gap_w=gap_w, gap_l=gap_l, err_ref_w=ref_w, logit=logit)
+                # Flow-DPO is -log sigmoid(logit)
+                details = dict(gap_w=gap_w, gap_l=gap_l, err_ref_w=ref_w, logit=beta / 2 * (gap_l - gap_w))
             elif args.loss == "rwr":
                 n, loss = 1 if args.decoupled else 2, 0                       # its two videos are independent
                 for x, weight in zip(x0.split(n, dim=1), weights[ids].to(device).split(n, dim=1)):
@@ -481,9 +484,8 @@ def judge(args, world, run, model, reference):
         return None
     prompts, settings = world.prompts(args.split, args.eval_n), (args.seed, args.eval_steps)
     videos = toy_videos(model, prompts, *settings)
-    start = run.facts["start"], run.facts["model"]  # its whole weights, its adapters
-    device = str(next(model.parameters()).device)
-    file = cached_file(args.cache, "start", start, prompts, settings, args.dtype, device)
+    start = run.facts["start"], run.facts["model"], str(next(model.parameters()).device)
+    file = cached_file(args.cache, "start", start, prompts, settings, args.dtype)
     with reference() as frozen:
         if not all(all_gather(is_cached(file))):                                # drawing takes all ranks
             save_cached(toy_videos(frozen, prompts, *settings), file)
