@@ -2,6 +2,7 @@
 
     python train_align.py --loss dpo            pairs, reward labels, Flow-DPO, held-out win rates, a picture
     python train_align.py --loss sft            (or rwr) the paper's baselines on the same videos
+    python train_align.py --loss sft --best 0.04 --n_pairs 12000    on the pairs with the best winners alone
     python train_align.py --loss pretrain --compile --out assets/base       make the toy base again
     python train_align.py --loss dpo --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --pairs pairs.csv     align Wan
 
@@ -69,7 +70,7 @@ class Args:
     template: str = ""                      # for the released VideoReward: the authors' prompt_template.py
     dim_w: Numbers = (1.0, 1.0, 1.0)      # weights of VQ, MQ, TA in the overall reward; 0,0,1 aligns TA alone
     n_pairs: Count = 2400                   # pairs of Shapes world
-    best: float = 1.0         # labelled by a reward: train on this share of the pairs, of the best winners
+    best: float = 1.0          # train on this share of the pairs: those with the best winners by the reward
     beta: float = 500.0                # dpo: KL strength, in units of the per-element MEAN error; the paper's
     beta_schedule: Literal["constant", "(1-t)^2", "t^2", "(1-t)/t"] = "constant"  # dpo: beta over time
     anchor: float = 0.0                     # dpo: weight of (beta / 2) (err_w - err_ref_w) beside Flow-DPO
