@@ -121,8 +121,8 @@ def check_args(args, world):
         raise UserError(f"--batch {args.batch} cannot be shared out evenly: take a multiple of {RANKS}")
     if args.shard and (RANKS == 1 or world.name == "shapes" or not args.lora_rank):
         raise UserError("--shard is for LoRA on Wan under torchrun: leave it out")
-    if pretrains and (args.lora_rank or args.pairs):
-        raise UserError("--loss pretrain trains all weights, on Shapes world: leave --lora_rank, --pairs out")
+    if pretrains and (args.lora_rank or args.pairs or args.best < 1):
+        raise UserError("--loss pretrain trains all weights of a toy: leave --lora_rank, --pairs, --best out")
     if (args.loss == "rwr" or args.best < 1) and args.labels not in ("reward", "oracle"):
         raise UserError("--loss rwr and --best go by scores, and these labels have none: use --labels reward")
     if args.labels == "flawless" and (args.loss != "sft" or args.pairs or world.name != "shapes"):
