@@ -275,7 +275,7 @@ def align(args, world, run, device):
     pairs, usable, r = label_pairs(args, world, world.encode(pairs, args), device)  # 2. A is now the winner
     model.to(device)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr, fused=True)
-    steps = args.steps = args.steps or -(-len(usable) // n_rows)
+    steps = args.steps = args.steps or math.ceil(len(usable) / n_rows)
     print(f"{len(usable)} pairs / {n_rows} a step: {steps} steps, {steps * n_rows / len(usable):.2g} epochs")
     if args.loss == "dpo":
         print(beta_elsewhere(args.beta, math.prod(world.latent_shape(args.frames, args.size))))
@@ -485,6 +485,7 @@ def judge(args, world, run, model, reference):
         return None
     prompts, settings = world.prompts(args.split, args.eval_n), (args.seed, args.eval_steps)
     videos = toy_videos(model, prompts, *settings)
+    # whole weights, adapters and device: what decides the bits of the start's draws
     start = run.facts["start"], run.facts["model"], str(next(model.parameters()).device)
     file = cached_file(args.cache, "start", start, prompts, settings, args.dtype)
     with reference() as frozen:
